@@ -1,0 +1,7 @@
+"""The errors that lighterage raises for causes outside the caller's arguments."""
+
+from __future__ import annotations
+
+
+class OffloadError(RuntimeError):
+    """A transfer could not be carried out: full disk, I/O error, damaged file, or a graph used after a fork."""
