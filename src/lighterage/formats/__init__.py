@@ -1,0 +1,1 @@
+"""Quantized tensor formats, and groups of them that share one buffer."""
