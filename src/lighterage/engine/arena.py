@@ -1,0 +1,276 @@
+"""The host memory that allocations rest in."""
+
+from __future__ import annotations
+
+import mmap
+import sys
+import time
+from bisect import bisect_right
+from contextlib import suppress
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+
+from ..errors import OffloadError
+from . import host_memory
+from .fenced_space import Claim, FencedSpace, Lease
+from .units import MIB, format_bytes, round_up
+
+_PAGE = mmap.PAGESIZE
+_HUGE_PAGE = 2 * MIB
+_SMALL_NEED = MIB
+_SMALL_ARENA = 32 * MIB
+_PIN_RETRY_S = 5.0
+"""For so long a growth as large as one that could not be pinned is refused untried: trying costs 0.7 s a GiB."""
+_LOOK_AGAIN_S = 0.1
+"""For so long what the machine could spare is not asked again: asking takes up to half a millisecond."""
+
+_CLOSED = "the arena is closed"
+
+# Linux's numbers; this Python's mmap module does not name all of them.
+_MAP_NORESERVE = 0x4000
+_MADV_POPULATE_WRITE = 23
+
+# Note [One range, many registrations]
+# An arena is one contiguous range of virtual memory, reserved when it is made and committed as it grows, so that
+# neighbouring blocks coalesce whenever they were committed. With a pinner each growth is pinned on its own, and a copy
+# must not cross from one registration into the next: the parts of a block are split where segments meet.
+
+
+class Pinner(Protocol):
+    """Registers host memory with a device, so that its copies are asynchronous and run at the link's speed."""
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Pin the pages of `[address, address + nbytes)`. Raises OSError, with the reason, when that fails."""
+        ...
+
+    def unpin(self, address: int) -> None:
+        """Undo the `pin` that was called with this `address`."""
+        ...
+
+
+class Block(Lease):
+    """A range of an `Arena`."""
+
+    __slots__ = ("parts",)
+
+    def __init__(self, claim: Claim, parts: tuple[torch.Tensor, ...]) -> None:
+        super().__init__(claim)
+        self.parts = parts
+        """uint8 CPU tensors over the block, in order; more than one only where pinned segments meet."""
+
+
+class Arena:
+    """Hands out blocks of one growing range of host memory: byte-exact, budgeted, pinned if there is a `pinner`.
+
+    `budget`: the most bytes to reserve; None for no limit but the machine's. `capacity`: bytes of virtual memory; None
+    for the memory of the machine or of its control group, or the budget where that is less.
+    """
+
+    def __init__(self, *, pinner: Pinner | None, budget: int | None, capacity: int | None = None) -> None:
+        self.refusal: str | None = None
+        """Why the last `acquire` that returned None did; None as long as none has."""
+        self._space = FencedSpace("host memory of lighterage")
+        self._closed = False
+        self._pinner = pinner
+        self._budget = budget
+        self._segment_ends: list[int] = []
+        self._spare_bytes, self._spare_until = 0, 0.0  # what the machine can spare, and how long that is believed
+        self._pin_failed: tuple[int, float, str] | None = None  # bytes, when (monotonic seconds), why
+        if capacity is None:
+            capacity = host_memory.total_bytes()
+            capacity = capacity if budget is None else min(capacity, budget)
+        self._map, self._map_skip, self._memory = _reserve(max(round_up(capacity, _PAGE), _PAGE))
+        self._address = self._memory.data_ptr()
+        self._limit = self._memory.numel() if budget is None else min(self._memory.numel(), budget)
+        if pinner is not None:
+            self._limit -= self._limit % _PAGE
+
+    def acquire(self, nbytes: int) -> Block | None:
+        """A block of `nbytes` bytes, or None: then `refusal` says why.
+
+        The caller orders its first write to the block after the block's `fences`. Growing may take long when pinned;
+        an acquire that finds room takes microseconds.
+
+        Raises:
+            OffloadError: in a forked child.
+        """
+        claim = None if self._closed else self._space.acquire(nbytes, self._grow)
+        if claim is None:
+            self.refusal = _CLOSED if self._closed else self.refusal
+            return None
+        block = Block(claim, ())
+        try:
+            block.parts = self._parts(claim.offset, claim.offset + nbytes)
+        except BaseException:
+            block.retire()
+            raise
+        return block
+
+    @property
+    def bytes_in_use(self) -> int:
+        """Bytes of the blocks that are not retired."""
+        return self._space.bytes_in_use
+
+    @property
+    def bytes_peak(self) -> int:
+        """The most bytes that were ever in use at once."""
+        return self._space.bytes_peak
+
+    @property
+    def bytes_reserved(self) -> int:
+        """Bytes taken from the machine: pinned, or for an arena without a pinner its high-water mark."""
+        if self._closed:
+            return 0
+        return self._segment_ends[-1] if self._segment_ends else self._space.size
+
+    def close(self) -> None:
+        """Wait for the copies of retired blocks, unpin, and let go of the memory.
+
+        Calling it again, or in a forked child, does nothing. The memory itself is freed with the last tensor over it:
+        a block that is still live stays readable, but is no longer pinned.
+        """
+        if self._closed or self._space.is_foreign():
+            return
+        self._closed = True
+        self._space.settle()
+        self._unpin()
+        # Not self._map.close(): torch.frombuffer keeps the map alive, but holds no buffer export on it, so closing
+        # would pull the memory from under the tensors that remain. Dropping it frees it exactly when they are gone.
+        del self._map, self._memory
+
+    def __del__(self) -> None:
+        # Without pins there is nothing to undo, and waiting here could wait for the thread that this runs on.
+        if getattr(self, "_segment_ends", None) and not sys.is_finalizing():
+            self.close()
+
+    def _grow(self, needed: int) -> int:
+        """Commit at least `needed` more bytes; returns how many, 0 when refused. Called with the space's lock held."""
+        size = self._space.size
+        if self._closed:
+            return self._refuse(_CLOSED)
+        if self.bytes_reserved > size:  # pinned by a growth that an exception interrupted
+            return self.bytes_reserved - size
+        room = self._limit - size
+        if needed > room:
+            return self._refuse(self._describe_limit())
+        if self._pinner is None:
+            reason = self._lack_of_memory(needed)
+            return needed if reason is None else self._refuse(reason)
+        reason = None
+        generous, exact = growth_step(needed, size, room), round_up(needed, _PAGE)
+        for step in (generous, exact) if exact < generous else (generous,):
+            reason = self._lack_of_memory(step) or self._pin(self._pinner, size, step)
+            if reason is None:
+                return step
+        return self._refuse(reason or "")
+
+    def _pin(self, pinner: Pinner, offset: int, nbytes: int) -> str | None:
+        """Commit and pin `[offset, offset + nbytes)`; returns why it could not be done."""
+        if self._pin_failed is not None:
+            failed_bytes, failed_at, reason = self._pin_failed
+            if nbytes >= failed_bytes and time.monotonic() - failed_at < _PIN_RETRY_S:
+                return reason
+        self._advise("MADV_HUGEPAGE", offset, nbytes)
+        self._advise(_MADV_POPULATE_WRITE, offset, nbytes)
+        # Recorded first: an interrupt that lands while the driver pins leaves a segment that the next growth finds.
+        self._segment_ends.append(offset + nbytes)
+        try:
+            pinner.pin(self._address + offset, nbytes)
+        except OSError as error:
+            self._segment_ends.pop()
+            self._advise("MADV_DONTNEED", offset, nbytes)
+            reason = f"pinning {format_bytes(nbytes)} failed: {error}"
+            self._pin_failed = (nbytes, time.monotonic(), reason)
+            return reason
+        self._pin_failed = None
+        self._advise("MADV_DONTFORK", offset, nbytes)
+        return None
+
+    def _unpin(self) -> None:
+        start = 0
+        for end in self._segment_ends:
+            assert self._pinner is not None
+            with suppress(OSError):  # the device may be gone already
+                self._pinner.unpin(self._address + start)
+            self._advise("MADV_DOFORK", start, end - start)
+            start = end
+        self._segment_ends.clear()
+
+    def _advise(self, advice: str | int, offset: int, nbytes: int) -> None:
+        """Give the kernel an advice about a page-aligned range, where the kernel knows it; never an error."""
+        option = advice if isinstance(advice, int) else getattr(mmap, advice, None)
+        if option is not None and sys.platform == "linux":
+            with suppress(OSError):
+                self._map.madvise(option, self._map_skip + offset, nbytes)
+
+    def _parts(self, lo: int, hi: int) -> tuple[torch.Tensor, ...]:
+        ends = self._segment_ends
+        first = bisect_right(ends, lo)
+        if first == len(ends) or hi <= ends[first]:
+            return (self._memory[lo:hi],)
+        cuts = [lo, *(end for end in ends[first:] if end < hi), hi]
+        return tuple(self._memory[start:end] for start, end in pairwise(cuts))
+
+    def _lack_of_memory(self, nbytes: int) -> str | None:
+        """Why the machine cannot spare `nbytes` more bytes, or None when it can: then they count as spent."""
+        now = time.monotonic()
+        if nbytes > self._spare_bytes or now >= self._spare_until:
+            available, kept = host_memory.available_bytes(), host_memory.spare_bytes()
+            if available is None:
+                return None
+            self._spare_bytes, self._spare_until = available - kept, now + _LOOK_AGAIN_S
+            if nbytes > self._spare_bytes:
+                return (
+                    f"host memory is nearly full: {format_bytes(available)} are available, {format_bytes(nbytes)} are "
+                    f"needed, and {format_bytes(kept)} must be left"
+                )
+        self._spare_bytes -= nbytes
+        return None
+
+    def _describe_limit(self) -> str:
+        if self._budget is not None and self._limit > self._budget - _PAGE:
+            return f"host budget of {format_bytes(self._budget)} is spent"
+        return f"host memory range of {format_bytes(self._limit)} is full"
+
+    def _refuse(self, reason: str) -> int:
+        self.refusal = reason
+        return 0
+
+
+def growth_step(needed: int, reserved: int, room: int) -> int:
+    """By how many bytes a pinned arena of `reserved` bytes grows when it lacks `needed` and may grow by `room`.
+
+    At least 1/32 of what there is, so that growths are few and the overhead stays under 5 %; in huge pages, but in
+    small ones while the arena is small.
+
+    >>> growth_step(3 * MIB, 1024 * MIB, room=4096 * MIB) // MIB
+    32
+    """
+    page = _PAGE if needed < _SMALL_NEED and reserved < _SMALL_ARENA else _HUGE_PAGE
+    end = round_up(reserved + max(needed, reserved // 32), page)
+    return min(end - reserved, room)
+
+
+def _reserve(nbytes: int) -> tuple[mmap.mmap, int, torch.Tensor]:
+    """Virtual memory for `nbytes` bytes, or for as much as the system grants; nothing is committed yet.
+
+    Returns the map, the offset of its first huge page, and a uint8 tensor of the memory from there on.
+    """
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
+    while True:
+        try:
+            reserved = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=flags)
+            break
+        except OSError as error:  # strict overcommit, or a limit on address space
+            if nbytes <= _HUGE_PAGE:
+                raise OffloadError(
+                    f"an arena needs virtual memory; the system refused {format_bytes(nbytes)}: {error.strerror}. "
+                    "Raise the limit (ulimit -v), or use tier='disk'."
+                ) from error
+            nbytes = round_up(nbytes // 2, _PAGE)
+    with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
+        whole = torch.frombuffer(reserved, dtype=torch.uint8)
+        skip = -whole.data_ptr() % _HUGE_PAGE
+        return reserved, skip, whole[skip : skip + nbytes]

@@ -1,0 +1,409 @@
+"""Claims about host memory: blocks, fences, budget, pins, and what is left behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lighterage.engine import arena as arena_module
+from lighterage.engine import host_memory
+from lighterage.engine.arena import Arena, Block, growth_step
+from lighterage.engine.fenced_space import PendingFences
+from lighterage.engine.units import GIB, KIB, MIB
+from lighterage.errors import OffloadError
+
+
+class ManualFence:
+    """A fence that finishes when the test says so."""
+
+    def __init__(self, finished: bool = False, error: Exception | None = None) -> None:
+        self.finished, self.error, self.num_waits = finished, error, 0
+
+    def done(self) -> bool:
+        return self.finished
+
+    def wait(self) -> None:
+        self.num_waits += 1
+        self.finished = True
+        if self.error is not None:
+            raise self.error
+
+    def order(self) -> None:
+        self.wait()
+
+
+class FakePinner:
+    """Remembers what is pinned, and refuses more than `limit` bytes in all."""
+
+    def __init__(self, limit: int = 1 << 60) -> None:
+        self.limit, self.pinned, self.num_calls = limit, dict[int, int](), 0
+
+    def pin(self, address: int, nbytes: int) -> None:
+        self.num_calls += 1
+        assert address % os.sysconf("SC_PAGE_SIZE") == 0 and nbytes % os.sysconf("SC_PAGE_SIZE") == 0
+        if sum(self.pinned.values()) + nbytes > self.limit:
+            raise OSError(12, "the driver has no more")
+        assert all(address + nbytes <= start or start + size <= address for start, size in self.pinned.items())
+        self.pinned[address] = nbytes
+
+    def unpin(self, address: int) -> None:
+        del self.pinned[address]
+
+
+def address(block: Block) -> int:
+    return block.parts[0].data_ptr()
+
+
+def must(block: Block | None) -> Block:
+    assert block is not None
+    return block
+
+
+programs = st.lists(
+    st.one_of(
+        st.tuples(st.just("acquire"), st.integers(0, 9000)),
+        st.tuples(st.just("retire"), st.integers(0, 50)),
+        st.tuples(st.just("finish"), st.integers(0, 50)),
+    ),
+    max_size=60,
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(programs, st.booleans())
+def test_blocks_are_disjoint_aligned_and_carry_every_unfinished_fence(
+    program: list[tuple[str, int]], pinned: bool
+) -> None:
+    pinner = FakePinner() if pinned else None
+    arena = Arena(pinner=pinner, budget=None, capacity=4 * MIB)
+    live: list[Block] = []
+    guarded: list[tuple[int, int, ManualFence]] = []  # every fence ever, with the bytes that it guards
+    for action, number in program:
+        if action == "acquire":
+            block = must(arena.acquire(number))
+            lo, hi = block.offset, block.offset + number
+            assert lo % 512 == 0 and sum(part.numel() for part in block.parts) == number == block.nbytes
+            assert all(hi <= other.offset or other.offset + other.nbytes <= lo for other in live)
+            due = {id(fence) for start, end, fence in guarded if start < hi and lo < end and not fence.finished}
+            assert due <= {id(fence) for fence in block.fences}, "the new user waits for every earlier copy"
+            assert not any(fence.done() for fence in block.fences)
+            live.append(block)
+        elif action == "retire" and live:
+            block = live.pop(number % len(live))
+            fence = ManualFence()
+            guarded.append((block.offset, block.offset + block.nbytes, fence))
+            block.retire([fence])
+        elif action == "finish" and guarded:
+            guarded[number % len(guarded)][2].finished = True
+        assert arena.bytes_in_use == sum(block.nbytes for block in live)
+        assert arena.bytes_in_use <= arena.bytes_peak
+        assert arena._space.size <= arena.bytes_reserved
+    for block in live:
+        block.retire()
+    assert arena.bytes_in_use == 0
+    assert len(arena._space._free.free_ranges()) <= 1
+    arena.close()
+    assert all(fence.finished for _, _, fence in guarded)
+    assert pinner is None or not pinner.pinned
+
+
+def test_parts_are_the_bytes_of_the_block_and_nobody_elses() -> None:
+    arena = Arena(pinner=None, budget=MIB)
+    one, two = must(arena.acquire(700)), must(arena.acquire(513))
+    one.parts[0].fill_(1)
+    two.parts[0].fill_(2)
+    assert one.parts[0].sum() == 700 and two.parts[0].sum() == 2 * 513
+    assert arena.bytes_reserved == 1024 + 1024
+
+
+def test_a_block_made_in_inference_mode_can_be_written_outside_of_it() -> None:
+    with torch.inference_mode():
+        block = must(Arena(pinner=None, budget=MIB).acquire(512))
+    block.parts[0].copy_(torch.ones(512, dtype=torch.uint8))
+    assert not block.parts[0].is_inference()
+
+
+def test_fences_of_coalesced_neighbours_stay_with_their_own_bytes() -> None:
+    arena = Arena(pinner=None, budget=None, capacity=MIB)
+    fences = [ManualFence() for _ in range(3)]
+    blocks = [must(arena.acquire(1024)) for _ in fences]
+    for block, fence in zip(blocks, fences, strict=True):
+        block.retire([fence])
+    first, middle = must(arena.acquire(512)), must(arena.acquire(1024))
+    assert first.fences == (fences[0],)
+    assert middle.fences == (fences[0], fences[1])
+    assert must(arena.acquire(1536)).fences == (fences[1], fences[2])
+
+
+def test_a_block_retired_unused_hands_its_earlier_fences_on() -> None:
+    arena = Arena(pinner=None, budget=None, capacity=MIB)
+    fence = ManualFence()
+    must(arena.acquire(512)).retire([fence])
+    must(arena.acquire(512)).retire()
+    assert must(arena.acquire(512)).fences == (fence,)
+
+
+def test_finished_fences_are_forgotten() -> None:
+    pending = PendingFences()
+    for at in range(5000):
+        fence = ManualFence()
+        pending.add(at * 512, at * 512 + 512, [fence])
+        fence.finished = True
+        assert len(pending) <= 64
+
+
+def test_retire_twice_gives_back_once() -> None:
+    arena = Arena(pinner=None, budget=None, capacity=MIB)
+    block = must(arena.acquire(512))
+    block.retire()
+    block.retire()
+    again = must(arena.acquire(512))
+    block.retire([ManualFence()])
+    assert arena.bytes_in_use == 512
+    again.retire()
+    assert arena.bytes_in_use == 0
+
+
+def test_retire_takes_no_lock_so_a_destructor_may_run_while_it_is_held() -> None:
+    arena = Arena(pinner=None, budget=None, capacity=MIB)
+
+    class Owner:
+        def __init__(self) -> None:
+            self.block, self.itself = must(arena.acquire(4096)), self
+
+        def __del__(self) -> None:
+            self.block.retire([ManualFence(finished=True)])
+
+    def collect_under_the_lock() -> None:
+        Owner()
+        with arena._space._lock:
+            gc.collect()
+
+    thread = threading.Thread(target=collect_under_the_lock, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "retire deadlocked"
+    assert arena.bytes_in_use == 0
+
+
+def test_many_threads_share_one_arena() -> None:
+    arena = Arena(pinner=None, budget=None, capacity=64 * MIB)
+    wrong: list[int] = []
+
+    def work(mark: int) -> None:
+        for nbytes in range(1, 1500, 7):
+            part = must(block := arena.acquire(nbytes)).parts[0]
+            part.fill_(mark)
+            if not bool((part == mark).all()):
+                wrong.append(mark)
+            must(block).retire()
+
+    threads = [threading.Thread(target=work, args=(mark,)) for mark in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert arena.bytes_in_use == 0
+    assert len(arena._space._free.free_ranges()) == 1
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+def test_the_budget_is_honoured_and_the_refusal_says_so(pinned: bool) -> None:
+    arena = Arena(pinner=FakePinner() if pinned else None, budget=MIB)
+    block = must(arena.acquire(600 * KIB))
+    assert arena.refusal is None
+    assert arena.acquire(600 * KIB) is None
+    assert arena.refusal == "host budget of 1.0 MiB is spent"
+    must(arena.acquire(400 * KIB)).retire()
+    assert arena.bytes_reserved <= MIB
+    block.retire()
+    assert arena.acquire(MIB) is not None, "the whole budget is usable"
+
+
+def test_a_full_range_is_told_from_a_spent_budget() -> None:
+    arena = Arena(pinner=None, budget=None, capacity=MIB)
+    assert arena.acquire(2 * MIB) is None
+    assert arena.refusal == "host memory range of 1.0 MiB is full"
+
+
+def test_a_machine_that_is_nearly_full_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_LOOK_AGAIN_S", 0.0)
+    arena = Arena(pinner=None, budget=None, capacity=64 * MIB)
+    kept = must(arena.acquire(MIB))
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: 513 * MIB)
+    monkeypatch.setattr(host_memory, "total_bytes", lambda: 8 * GIB)
+    assert arena.acquire(2 * MIB) is None
+    assert arena.refusal is not None and arena.refusal.startswith("host memory is nearly full: 513.0 MiB are available")
+    kept.retire()
+    assert arena.acquire(MIB) is not None, "what is there already is still handed out"
+
+
+def test_a_failed_pin_leaves_an_arena_that_serves_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinner = FakePinner(limit=8 * MIB)
+    arena = Arena(pinner=pinner, budget=None, capacity=256 * MIB)
+    kept = must(arena.acquire(6 * MIB))
+    assert arena.acquire(64 * MIB) is None
+    assert arena.refusal == "pinning 64.0 MiB failed: [Errno 12] the driver has no more"
+    assert arena.bytes_reserved == 6 * MIB
+    assert arena.acquire(MIB) is not None, "a smaller growth is still tried"
+    num_calls = pinner.num_calls
+    assert arena.acquire(64 * MIB) is None
+    assert pinner.num_calls > num_calls, "the success in between makes a large one worth another try"
+    num_calls = pinner.num_calls
+    assert arena.acquire(64 * MIB) is None
+    assert pinner.num_calls == num_calls, "what just failed is not tried again at once"
+    monkeypatch.setattr(arena_module, "_PIN_RETRY_S", 0.0)
+    pinner.limit = 1 << 60
+    assert arena.acquire(64 * MIB) is not None
+    kept.retire()
+    arena.close()
+    assert not pinner.pinned
+
+
+def test_a_generous_growth_that_fails_is_tried_again_at_the_exact_size() -> None:
+    pinner = FakePinner(limit=129 * MIB)
+    arena = Arena(pinner=pinner, budget=None, capacity=256 * MIB)
+    must(arena.acquire(128 * MIB))
+    assert arena.acquire(MIB) is not None
+    assert arena.bytes_reserved == 129 * MIB
+
+
+def test_an_interrupt_while_pinning_loses_nothing() -> None:
+    class Interrupted(FakePinner):
+        def pin(self, address: int, nbytes: int) -> None:
+            super().pin(address, nbytes)
+            if self.num_calls == 1:
+                raise KeyboardInterrupt
+
+    pinner = Interrupted()
+    arena = Arena(pinner=pinner, budget=None, capacity=64 * MIB)
+    with pytest.raises(KeyboardInterrupt):
+        arena.acquire(4 * MIB)
+    assert arena.acquire(4 * MIB) is not None
+    assert pinner.num_calls == 1 and arena.bytes_reserved == 4 * MIB
+    arena.close()
+    assert not pinner.pinned
+
+
+def test_a_block_over_two_segments_has_a_part_in_each() -> None:
+    pinner = FakePinner()
+    arena = Arena(pinner=pinner, budget=None, capacity=64 * MIB)
+    must(arena.acquire(2 * MIB)).retire()
+    block = must(arena.acquire(5 * MIB + 300))
+    assert [part.numel() for part in block.parts] == [2 * MIB, 3 * MIB + 300]
+    assert [part.data_ptr() for part in block.parts] == list(pinner.pinned)
+    assert len(must(arena.acquire(512)).parts) == 1
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1 * MIB, 40 * MIB), min_size=20, max_size=40))
+def test_reserved_memory_stays_within_five_percent_of_the_peak(sizes: list[int]) -> None:
+    reserved = peak = 0
+    for nbytes in sizes:
+        peak += nbytes
+        if peak > reserved:
+            reserved += growth_step(peak - reserved, reserved, 1 << 60)
+        assert reserved <= 1.05 * peak + 2 * MIB
+
+
+def test_identical_steps_reserve_once_and_within_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", 9999)  # unknown to the kernel: touch no memory
+    pinner = FakePinner()
+    arena = Arena(pinner=pinner, budget=None, capacity=4 * GIB)
+    reserved = []
+    for _ in range(3):
+        blocks = [must(arena.acquire(nbytes * 1001)) for nbytes in range(1, 1200, 3)]
+        for block in reversed(blocks):
+            block.retire()
+        reserved.append(arena.bytes_reserved)
+    assert reserved[0] == reserved[1] == reserved[2]
+    assert reserved[0] <= 1.05 * arena.bytes_peak
+
+
+def test_a_small_arena_pins_small_pages() -> None:
+    arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)
+    must(arena.acquire(5000))
+    assert arena.bytes_reserved == 8192
+
+
+def test_close_waits_unpins_and_leaves_live_tensors_readable() -> None:
+    pinner = FakePinner()
+    arena = Arena(pinner=pinner, budget=None, capacity=64 * MIB)
+    fence = ManualFence(error=OffloadError("the copy failed"))
+    must(arena.acquire(MIB)).retire([fence])
+    block = must(arena.acquire(4 * MIB))
+    for part in block.parts:
+        part.fill_(7)
+    arena.close()
+    arena.close()
+    assert fence.num_waits == 1, "also of a range that is in use again"
+    assert not pinner.pinned
+    gc.collect()
+    assert all(bool((part == 7).all()) for part in block.parts)
+    block.retire()
+    assert arena.bytes_in_use == 0 and arena.bytes_reserved == 0
+    assert arena.acquire(1) is None and arena.refusal == "the arena is closed"
+
+
+def test_the_memory_goes_with_the_last_tensor() -> None:
+    def mapped_kib() -> int:
+        return int(
+            next(line for line in Path("/proc/self/status").read_text().splitlines() if "VmSize" in line).split()[1]
+        )
+
+    arena = Arena(pinner=None, budget=None, capacity=4 * GIB)
+    part = must(arena.acquire(MIB)).parts[0]
+    arena.close()
+    before = mapped_kib()
+    del part
+    gc.collect()
+    assert before - mapped_kib() >= 4 * GIB // KIB
+
+
+def test_a_dropped_arena_unpins_itself() -> None:
+    pinner = FakePinner()
+    arena = Arena(pinner=pinner, budget=None, capacity=64 * MIB)
+    must(arena.acquire(MIB)).retire()
+    del arena
+    gc.collect()
+    assert not pinner.pinned
+
+
+@pytest.mark.filterwarnings("ignore:This process.*is multi-threaded:DeprecationWarning")
+def test_a_forked_child_is_told_that_the_arena_is_its_parents() -> None:
+    pinner = FakePinner()
+    arena = Arena(pinner=pinner, budget=None, capacity=64 * MIB)
+    block = must(arena.acquire(512))
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            arena.acquire(512)
+        except OffloadError as error:
+            block.retire()
+            arena.close()
+            code = 0 if "belongs to the parent process" in str(error) and len(pinner.pinned) == 1 else 2
+        os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert arena.bytes_in_use == 512
+
+
+def test_host_memory_is_counted_and_a_control_group_limits_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert 0 < (host_memory.available_bytes() or 0) <= host_memory.total_bytes()
+    for name, text in {
+        "memory.max": str(512 * MIB),
+        "memory.current": str(100 * MIB),
+        "memory.stat": f"anon 5\ninactive_file {30 * MIB}\n",
+    }.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(host_memory, "_memory_folders", lambda: (tmp_path,))
+    assert host_memory.total_bytes() == 512 * MIB
+    assert host_memory.available_bytes() == 442 * MIB
