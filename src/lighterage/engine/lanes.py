@@ -1,8 +1,19 @@
-"""The copy-lane protocol: an ordered asynchronous queue of copies, and the fences it hands back."""
+"""The copy-lane protocol: an ordered asynchronous queue of copies, the fences it hands back, and what rests where."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import Protocol
+
+import torch
+
+
+class Wait(Protocol):
+    """How long a use of reloaded bytes had to wait for them."""
+
+    def milliseconds(self) -> float | None:
+        """The time lost, 0.0 if none was, or None while the device has not come so far. Never blocks."""
+        ...
 
 
 class Fence(Protocol):
@@ -14,4 +25,83 @@ class Fence(Protocol):
 
     def wait(self) -> None:
         """Block the calling host thread until the copies have finished; raise the error that stopped them, if any."""
+        ...
+
+    def order(self) -> Wait | None:
+        """Make the work that the calling thread issues next come after the copies.
+
+        On an accelerator the current stream waits and the host goes on; on the CPU the host itself waits. Returns how
+        long that took, or None where the copies had finished before.
+
+        Raises:
+            OffloadError: the copies failed.
+        """
+        ...
+
+
+class Resting(Protocol):
+    """The bytes of one range, away from the device."""
+
+    @property
+    def nbytes(self) -> int: ...
+
+    @property
+    def left(self) -> Fence:
+        """After this, the range's device memory may be used for something else."""
+        ...
+
+    def retire(self, fences: Iterable[Fence] = ()) -> None:
+        """Give the room back, to be written again only after `fences`. Takes no lock; harmless when repeated."""
+        ...
+
+
+Source = tuple[torch.UntypedStorage, int, int]
+"""A byte range [lo, hi) of a storage."""
+
+
+class Transport(Protocol):
+    """Moves byte ranges of one device to one tier and back: two lanes and the room at their far end.
+
+    Every method is called with the offloader's lock held, except `Resting.retire` and the fences' own methods.
+    """
+
+    @property
+    def refusal(self) -> str | None:
+        """Why the last range that found no room found none."""
+        ...
+
+    def stream_key(self) -> int:
+        """Tells the stream that the calling thread issues work on from every other one; 0 where there are none."""
+        ...
+
+    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+        """Start copying each range out, after the work issued so far. None where there is no room for it."""
+        ...
+
+    def allocate(self, nbytes: int) -> torch.UntypedStorage:
+        """Device memory for `nbytes` bytes, from the pool of the calling thread's stream."""
+        ...
+
+    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+        """Start copying each resting range into its uint8 tensor; one fence a batch. Memory for them is allocated."""
+        ...
+
+    def share(self, storage: torch.UntypedStorage) -> None:
+        """Tell the allocator that the calling thread's stream uses `storage`, which another stream allocated."""
+        ...
+
+    def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
+        """Drop device memory that a copy may still touch. Takes no lock: it is called from finalizers."""
+        ...
+
+    def tidy(self) -> None:
+        """Drop what was buried, ordered after its copies."""
+        ...
+
+    def device_bytes(self) -> int | None:
+        """Device memory that is allocated now, or None where that is not known."""
+        ...
+
+    def close(self) -> None:
+        """Wait for the copies under way and give everything back. Bytes that handles still own stay readable."""
         ...

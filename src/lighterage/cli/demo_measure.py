@@ -1,0 +1,149 @@
+"""Where a training step is, and how many bytes its activations hold there."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+
+class StepClock:
+    """Notes when forward and backward reach each layer.
+
+    A step passes 2 L + 3 places: its start, the forward of each layer, the loss, the backward of each layer (the last
+    layer first), its end. The hooks are plain module and gradient hooks: they save nothing and change nothing.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
+        self._layers = layers
+        self._cuda = device.type == "cuda"
+        self._marks: list[float | torch.cuda.Event] = []
+
+    @property
+    def place(self) -> int:
+        """The index of the place passed last."""
+        return len(self._marks) - 1
+
+    def mark(self) -> None:
+        """Pass the next place."""
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one forward and backward; the caller marks the loss between them."""
+        self._marks.clear()
+        hooks = [layer.register_forward_pre_hook(self._entered) for layer in self._layers]
+        hooks += [layer.register_forward_hook(self._left) for layer in self._layers]
+        try:
+            self.mark()
+            yield
+            self.mark()
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def places_ms(self) -> list[float]:
+        """Milliseconds from the start of the step to each place. Waits for the device."""
+        first = self._marks[0]
+        if not isinstance(first, float):
+            torch.cuda.synchronize()
+            return [first.elapsed_time(mark) for mark in self._marks if not isinstance(mark, float)]
+        return [(mark - first) * 1e3 for mark in self._marks if isinstance(mark, float)]
+
+    def _entered(self, module: nn.Module, args: tuple[object, ...]) -> None:
+        self.mark()
+
+    def _left(self, module: nn.Module, args: tuple[object, ...], output: Tensor) -> None:
+        output.register_hook(self._backward_reached)
+
+    def _backward_reached(self, gradient: Tensor) -> None:
+        self.mark()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Samples, after every operation of one step, the bytes of the tensors that the step made and that still live.
+
+    Storages are watched by weak references and asked for their size, so nothing is kept alive and what was released
+    counts no more, whoever released it. Parameters, gradients and optimizer state were there before and do not count.
+    On a CUDA device the allocator's own count stands in, less what it was at the start. A step under it is slowed down
+    severalfold, and so never timed.
+    """
+
+    def __init__(self, clock: StepClock, device: torch.device) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.samples: list[tuple[int, int]] = []
+        """(place, bytes) after each operation."""
+        self._clock = clock
+        self._device = device
+        self._made: dict[int, StorageWeakRef] = {}
+        self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._device.type == "cpu":
+            # A result over an argument's storage is a view or an update in place: nothing was made.
+            given = {storage._cdata for storage in _storages((args, kwargs))}
+            for storage in _storages(result):
+                if storage._cdata not in given:
+                    self._made[storage._cdata] = StorageWeakRef(storage)
+        self.samples.append((self._clock.place, self._live()))
+        return result
+
+    def _live(self) -> int:
+        if self._device.type == "cuda":
+            return torch.cuda.memory_allocated(self._device) - self._base
+        total = 0
+        dead: list[int] = []
+        for key, reference in self._made.items():
+            storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
+            if storage is None:
+                dead.append(key)
+            else:
+                total += storage.nbytes()
+        for key in dead:
+            del self._made[key]
+        return total
+
+
+def _storages(tree: object) -> Iterator[torch.UntypedStorage]:
+    for leaf in tree_iter(tree):
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided:
+            yield leaf.untyped_storage()
+        elif isinstance(leaf, torch.UntypedStorage):
+            yield leaf
+        elif isinstance(leaf, torch.TypedStorage):
+            yield leaf._untyped_storage
+
+
+def over_time(samples: Sequence[tuple[int, int]], places_ms: Sequence[float]) -> tuple[list[float], list[int]]:
+    """Spread the samples of a slow, watched step over the times of an unwatched one.
+
+    Samples between two places are set at equal distances between the times of these. For places at 0 and 10 ms,
+    `over_time([(0, 5), (0, 7)], [0.0, 10.0])` is `([2.5, 7.5], [5, 7])`.
+    """
+    counts: dict[int, int] = {}
+    for place, _ in samples:
+        counts[place] = counts.get(place, 0) + 1
+    seen: dict[int, int] = {}
+    times: list[float] = []
+    for place, _ in samples:
+        nth = seen.get(place, 0)
+        seen[place] = nth + 1
+        start, end = places_ms[place], places_ms[min(place + 1, len(places_ms) - 1)]
+        times.append(start + (end - start) * (nth + 0.5) / counts[place])
+    return times, [nbytes for _, nbytes in samples]

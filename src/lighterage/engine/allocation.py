@@ -1,0 +1,279 @@
+"""One moved allocation: its stages, its byte ranges, and the fences on its memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from . import spans
+from .lanes import Fence, Resting, Source, Transport, Wait
+from .ledger import Row
+from .spans import Span
+from .views import InPlaceWatch, ViewSpec, byte_view, rebuild
+
+# Ranges nearer than this to each other travel in one copy: the bytes between cost less than a second call.
+COPY_GAP = 4096
+# Reloaded ranges farther apart than this get buffers of their own.
+BUFFER_GAP = 1 << 20
+# Reloaded bytes keep their address modulo this, so that kernels choose the same code path (vector width, alignment).
+CONGRUENCE = 512
+
+
+class Stage(enum.Enum):
+    """Where an allocation is in its life."""
+
+    HELD = "held"
+    """The engine holds the device memory; copies of it may be under way."""
+    AWAY = "away"
+    """The engine has let go of the device memory; the bytes rest elsewhere."""
+    BACK = "back"
+    """The bytes are in new device memory, or on their way into it."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Piece:
+    """A range that was copied out."""
+
+    lo: int
+    hi: int
+    resting: Resting
+
+
+@dataclasses.dataclass(slots=True)
+class _Buffer:
+    """Device memory that ranges were reloaded into. Byte 0 of the allocation lies at byte `shift` of `storage`."""
+
+    lo: int
+    hi: int
+    storage: torch.UntypedStorage
+    shift: int
+    fence: Fence
+    ordered: set[int]
+    """Streams that already wait for the copy."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SavedAt:
+    """Which save of which section: the same one in every step, as long as the model does the same."""
+
+    section: str
+    ordinal: int
+    nbytes: int
+
+
+class Allocation:
+    """The bytes of one storage that saved tensors live in, at one version of its contents.
+
+    Handles own it: when the last one is gone, the room at rest and the device memory are given back, each ordered after
+    the copies that touch it. All methods but `use` are called with the offloader's lock held.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_left",
+        "_pieces",
+        "_storage",
+        "_storage_ref",
+        "_watch",
+        "address",
+        "buffers",
+        "covered",
+        "kept",
+        "key",
+        "label",
+        "nbytes",
+        "pending",
+        "saved_at",
+        "row",
+        "stage",
+        "transport",
+        "wanted",
+    )
+
+    def __init__(
+        self, transport: Transport, storage: torch.UntypedStorage, watch: InPlaceWatch, row: Row, label: str
+    ) -> None:
+        self.transport = transport
+        self.row = row
+        """What its traffic is counted on: the row of the section that saved it first."""
+        self._storage: torch.UntypedStorage | None = storage
+        self._storage_ref: StorageWeakRef | None = None
+        self._watch = watch
+        self._pieces: list[_Piece] = []
+        self._left: Fence | None = None
+        self.key = storage._cdata
+        self.nbytes = storage.nbytes()
+        self.address = storage.data_ptr()
+        self.label = label
+        """Shape and dtype of the tensor that was saved first, for people."""
+        self.stage = Stage.HELD
+        self.kept: str | None = None
+        """Why it stays on the device after all, or None."""
+        self.wanted = False
+        """Whether backward has already asked for it while it was held: then it is not worth releasing."""
+        self.covered: list[Span] = []
+        self.pending: list[Span] = []
+        self.buffers: list[_Buffer] = []
+        self.saved_at: list[SavedAt] = []
+
+    # --- saving -------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """The version of the contents that was saved."""
+        return self._watch.version
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nothing was written since the first save."""
+        return self._watch.now == self._watch.version
+
+    def takes(self, lo: int, hi: int) -> bool:
+        """Whether a further save of bytes [lo, hi), unchanged since the first, can belong to this object."""
+        return self.stage is not Stage.BACK or spans.covers(self.covered, (lo, hi))
+
+    def add(self, storage: torch.UntypedStorage, lo: int, hi: int) -> int:
+        """Take a saved range in; the number of its bytes that were not there yet. Those are to be copied."""
+        fresh = [(lo, hi)] if not self.covered else spans.subtract((lo, hi), self.covered)
+        if not fresh:
+            return 0
+        self.covered = spans.merge([*self.covered, *fresh])
+        self.pending.extend(fresh)
+        if self._storage is None:
+            self._storage = storage
+            self.stage = Stage.HELD
+        return sum(b - a for a, b in fresh)
+
+    def sources(self) -> list[Source]:
+        """The ranges still to be copied, as few as possible."""
+        assert self._storage is not None
+        return [(self._storage, lo, hi) for lo, hi in spans.merge(self.pending, COPY_GAP)]
+
+    def copied(self, sources: Sequence[Source], resting: Sequence[Resting]) -> None:
+        """Record that copies of `sources` are under way into `resting`."""
+        for (_, lo, hi), rest in zip(sources, resting, strict=True):
+            self._pieces.append(_Piece(lo, hi, rest))
+            self._left = rest.left
+        self.pending.clear()
+
+    # --- staying, leaving, coming back ----------------------------------------------------------------------------
+
+    def keep(self, reason: str, storage: torch.UntypedStorage | None = None) -> None:
+        """Stay on the device. `storage` is the memory, where it was let go of and somebody else still has it."""
+        if self.stage is Stage.BACK:
+            return
+        if self._storage is None:
+            assert storage is not None
+            self._storage = storage
+        self.stage = Stage.HELD
+        self.kept = reason
+        self.pending.clear()
+        for piece in self._pieces:
+            piece.resting.retire()
+        self._pieces.clear()
+
+    @property
+    def leaving(self) -> Fence | None:
+        """After this the device memory may go. None: there is nothing to let go of, or not yet."""
+        if self.stage is Stage.HELD and self.kept is None and not self.pending and not self.wanted:
+            return self._left
+        return None
+
+    def let_go(self) -> int:
+        """Drop the device memory; the caller has ordered the current stream after `leaving`. Bytes of it."""
+        assert self._storage is not None
+        if self._storage_ref is None:
+            self._storage_ref = StorageWeakRef(self._storage)
+        self._storage = None
+        self.stage = Stage.AWAY
+        return self.nbytes
+
+    @property
+    def still_alive(self) -> bool:
+        """Whether somebody else holds the device memory that was let go of."""
+        return self.stage is Stage.AWAY and self._storage_ref is not None and not self._storage_ref.expired()
+
+    def room(self) -> list[tuple[Resting, torch.Tensor]]:
+        """Allocate device memory to come back to. The copies to make: the caller starts them and calls `returning`."""
+        assert self.stage is Stage.AWAY
+        work: list[tuple[Resting, torch.Tensor]] = []
+        self.buffers = []
+        for lo, hi in spans.merge([(p.lo, p.hi) for p in self._pieces], BUFFER_GAP):
+            # Note [Same address modulo 512]: accelerator allocators start on multiples of 512, the CPU's on 64.
+            start = (self.address + lo) % CONGRUENCE if self.address % 16 == 0 else lo % CONGRUENCE
+            storage = self.transport.allocate(hi - lo + CONGRUENCE)
+            if self.address % 16 == 0:
+                start = (self.address + lo - storage.data_ptr()) % CONGRUENCE
+            self.buffers.append(_Buffer(lo, hi, storage, start - lo, _NEVER, set()))
+        for piece in self._pieces:
+            buffer = next(b for b in self.buffers if b.lo <= piece.lo and piece.hi <= b.hi)
+            data = byte_view(buffer.storage, piece.lo + buffer.shift, piece.hi + buffer.shift)
+            work.append((piece.resting, data))
+        return work
+
+    def returning(self, fence: Fence) -> None:
+        """The copies that `room` named are under way."""
+        for buffer in self.buffers:
+            buffer.fence = fence
+        self.stage = Stage.BACK
+
+    # --- use ------------------------------------------------------------------------------------------------------
+
+    def use(self, spec: ViewSpec) -> tuple[torch.Tensor, Wait | None]:
+        """The saved tensor, usable by what the calling thread issues next, and the wait that this cost.
+
+        The stage is HELD or BACK; on the CPU this blocks until the bytes have arrived, so it is called without the
+        offloader's lock.
+
+        Raises:
+            OffloadError: the bytes could not be brought back.
+        """
+        if self.stage is Stage.HELD:
+            assert self._storage is not None
+            return rebuild(spec, self._storage, 0), None
+        for buffer in self.buffers:
+            if buffer.lo <= spec.lo and spec.hi <= buffer.hi:
+                break
+        else:
+            raise AssertionError("a saved view lies outside every range that was moved")
+        wait = None
+        stream = self.transport.stream_key()
+        if stream not in buffer.ordered:
+            wait = buffer.fence.order()
+            if buffer.ordered:
+                self.transport.share(buffer.storage)
+            buffer.ordered.add(stream)
+        return rebuild(spec, buffer.storage, buffer.shift), wait
+
+    def __del__(self) -> None:
+        # Takes no lock: the garbage collector may run this at any moment, in any thread.
+        if self._left is not None and self._storage is not None:
+            self.transport.bury(self._storage, self._left)
+        read: list[Fence] = []
+        for buffer in self.buffers:
+            if buffer.fence is not _NEVER:
+                read.append(buffer.fence)
+                if not buffer.ordered:
+                    self.transport.bury(buffer.storage, buffer.fence)
+        for piece in self._pieces:
+            piece.resting.retire(read)
+
+
+class _Never:
+    """The fence of a buffer that no copy was started for."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def order(self) -> Wait | None:
+        return None
+
+
+_NEVER: Fence = _Never()

@@ -1,0 +1,425 @@
+"""The accelerator backend: lanes are streams, fences are events, and host memory is pinned."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import torch
+
+from .arena import Arena, Block
+from .cpu import WorkerFence, WorkerLane
+from .disk import DiskStore, Extent
+from .lanes import Fence, Resting, Source
+from .views import byte_view
+
+# Note [Block lifetime across lanes]
+# A host block is written by the outbound lane and read by the inbound lane. Whoever writes it next must come after
+# both: the block carries the fences of its earlier users, and the outbound lane waits for them before it copies.
+# A device range is read by the outbound lane: its memory goes back to the allocator only after the stream that frees it
+# waits for the copy (`order` at release, `bury` where a finalizer drops it). A reloaded range is written by the inbound
+# lane: it is allocated on the stream that asks for it, the lane waits for that stream first (the allocator may have
+# handed out memory that earlier work still uses), and each stream that reads it waits for the copy.
+
+
+class CudaPinner:
+    """Page-locks host memory for every device of this process."""
+
+    def pin(self, address: int, nbytes: int) -> None:
+        """Register [address, address + nbytes) with the driver.
+
+        Raises:
+            OSError: the driver refused; the message holds its reason.
+        """
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        code = int(cudart.cudaHostRegister(address, nbytes, 1))
+        if code:
+            raise OSError(f"cudaHostRegister of {nbytes} bytes failed with error {code}")
+
+    def unpin(self, address: int) -> None:
+        """Undo `pin` for the registration that begins at `address`."""
+        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+
+
+class _DeviceWait:
+    """A wait of the device: how long after the stream arrived the copies were finished."""
+
+    __slots__ = ("_arrived", "_event")
+
+    def __init__(self, arrived: torch.Event, event: torch.Event) -> None:
+        self._arrived = arrived
+        self._event = event
+
+    def milliseconds(self) -> float | None:
+        if not (self._arrived.query() and self._event.query()):
+            return None
+        return max(0.0, self._arrived.elapsed_time(self._event))
+
+
+class EventFence:
+    """An event on a lane."""
+
+    __slots__ = ("_device", "_pool", "event")
+
+    def __init__(self, event: torch.Event, device: torch.device, pool: collections.deque[torch.Event]) -> None:
+        self.event = event
+        self._device = device
+        self._pool = pool
+
+    def done(self) -> bool:
+        return self.event.query()
+
+    def wait(self) -> None:
+        self.event.synchronize()
+
+    def order(self) -> _DeviceWait | None:
+        if self.event.query():
+            return None
+        stream = torch.accelerator.current_stream(self._device)
+        arrived = torch.Event(self._device, enable_timing=True)
+        stream.record_event(arrived)
+        stream.wait_event(self.event)
+        return _DeviceWait(arrived, self.event)
+
+
+class _TicketFence:
+    """A copy that a worker thread issues once a file has been read: first its ticket, then its event."""
+
+    __slots__ = ("_device", "event", "ticket")
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.ticket: WorkerFence
+        self.event: torch.Event | None = None
+
+    def done(self) -> bool:
+        return self.ticket.done() and (self.event is None or self.event.query())
+
+    def wait(self) -> None:
+        self.ticket.wait()
+        if self.event is not None:
+            self.event.synchronize()
+
+    def order(self) -> _DeviceWait | None:
+        self.ticket.wait()
+        assert self.event is not None
+        stream = torch.accelerator.current_stream(self._device)
+        arrived = torch.Event(self._device, enable_timing=True)
+        stream.record_event(arrived)
+        stream.wait_event(self.event)
+        return _DeviceWait(arrived, self.event)
+
+
+class _Streams:
+    """The two lanes of a device."""
+
+    def __init__(self, device: torch.device, before_copies: Callable[[], None] | None) -> None:
+        self.device = device
+        self.outbound = torch.Stream(device)
+        self.inbound = torch.Stream(device)
+        self.before_copies = before_copies
+        self._pool: collections.deque[torch.Event] = collections.deque()
+
+    def current(self) -> torch.Stream:
+        return torch.accelerator.current_stream(self.device)
+
+    @contextlib.contextmanager
+    def on(self, lane: torch.Stream, back_to: torch.Stream) -> Iterator[None]:
+        torch.accelerator.set_stream(lane)
+        try:
+            if self.before_copies is not None:
+                self.before_copies()
+            yield
+        finally:
+            torch.accelerator.set_stream(back_to)
+
+    def after(self, stream: torch.Stream, lane: torch.Stream) -> None:
+        """Make `lane` wait for what was issued on `stream` so far."""
+        lane.wait_event(stream.record_event())
+
+    def fence(self, lane: torch.Stream) -> EventFence:
+        event = torch.Event(self.device, enable_timing=True)
+        lane.record_event(event)
+        return EventFence(event, self.device, self._pool)
+
+
+class _RestedInHost:
+    """Bytes in a pinned block."""
+
+    __slots__ = ("block", "left")
+
+    def __init__(self, block: Block) -> None:
+        self.block = block
+        self.left: Fence
+
+    @property
+    def nbytes(self) -> int:
+        return self.block.nbytes
+
+    def retire(self, fences: Iterable[Fence] = ()) -> None:
+        self.block.retire((self.left, *fences))
+
+
+def _copy_out(block: Block, data: torch.Tensor) -> None:
+    parts = block.parts
+    if len(parts) == 1:
+        parts[0].copy_(data, non_blocking=True)
+        return
+    at = 0
+    for part in parts:
+        part.copy_(data[at : at + part.numel()], non_blocking=True)
+        at += part.numel()
+
+
+def _copy_in(data: torch.Tensor, block: Block) -> None:
+    parts = block.parts
+    if len(parts) == 1:
+        data.copy_(parts[0], non_blocking=True)
+        return
+    at = 0
+    for part in parts:
+        data[at : at + part.numel()].copy_(part, non_blocking=True)
+        at += part.numel()
+
+
+class _Accelerator:
+    """What the transports of an accelerator share: streams, allocation, and the graveyard."""
+
+    def __init__(self, device: torch.device, before_copies: Callable[[], None] | None) -> None:
+        self.device = device
+        self._streams = _Streams(device, before_copies)
+        self._buried: collections.deque[tuple[torch.UntypedStorage, Fence]] = collections.deque()
+        self._keys: set[int] = set()
+        self._raw_stream: Callable[[int], int] | None = (
+            torch._C._cuda_getCurrentRawStream if device.type == "cuda" else None
+        )
+
+    def stream_key(self) -> int:
+        if self._raw_stream is not None:
+            key = self._raw_stream(self.device.index)
+        else:
+            key = self._streams.current().stream_id
+        self._keys.add(key)
+        return key
+
+    def allocate(self, nbytes: int) -> torch.UntypedStorage:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
+
+    def share(self, storage: torch.UntypedStorage) -> None:
+        byte_view(storage, 0, storage.nbytes()).record_stream(self._streams.current())  # type: ignore[arg-type]
+
+    def _claim(self, data: torch.Tensor, lane: torch.Stream, current: torch.Stream) -> None:
+        # With several streams in play, the one that allocated a tensor is not known: let the allocator keep the memory
+        # until both have passed (see Note [Block lifetime across lanes]).
+        if len(self._keys) > 1:
+            data.record_stream(lane)  # type: ignore[arg-type]
+            data.record_stream(current)  # type: ignore[arg-type]
+
+    def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
+        self._buried.append((storage, fence))
+
+    def tidy(self) -> None:
+        while self._buried:
+            try:
+                storage, fence = self._buried.popleft()
+            except IndexError:
+                return
+            fence.order()
+            del storage
+
+    def device_bytes(self) -> int | None:
+        return int(torch.accelerator.memory_allocated(self.device))
+
+
+class HostTransport(_Accelerator):
+    """Device memory to pinned host memory and back."""
+
+    def __init__(
+        self, device: torch.device, arena: Arena, before_copies: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(device, before_copies)
+        self._arena = arena
+
+    @property
+    def refusal(self) -> str | None:
+        return self._arena.refusal
+
+    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+        rested: list[Resting | None] = []
+        work: list[tuple[_RestedInHost, torch.Tensor]] = []
+        for storage, lo, hi in sources:
+            block = self._arena.acquire(hi - lo)
+            if block is None:
+                rested.append(None)
+                continue
+            one = _RestedInHost(block)
+            work.append((one, byte_view(storage, lo, hi)))
+            rested.append(one)
+        if work:
+            streams = self._streams
+            lane, current = streams.outbound, streams.current()
+            streams.after(current, lane)
+            for one, _ in work:
+                for fence in one.block.fences:
+                    lane.wait_event(fence.event)  # type: ignore[attr-defined]
+            with streams.on(lane, current):
+                for one, data in work:
+                    self._claim(data, lane, current)
+                    _copy_out(one.block, data)
+                left = streams.fence(lane)
+            for one, _ in work:
+                one.left = left
+        return rested
+
+    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+        streams = self._streams
+        lane, current = streams.inbound, streams.current()
+        streams.after(current, lane)
+        fences: list[Fence] = []
+        with streams.on(lane, current):
+            for batch in batches:
+                for resting, data in batch:
+                    lane.wait_event(resting.left.event)  # type: ignore[attr-defined]
+                    self._claim(data, lane, current)
+                    _copy_in(data, resting.block)  # type: ignore[attr-defined]
+                fences.append(streams.fence(lane))
+        return fences
+
+    def close(self) -> None:
+        self._streams.outbound.synchronize()
+        self._streams.inbound.synchronize()
+        self._buried.clear()
+
+
+class _RestedOnDisk:
+    """Bytes in a file, or on their way there through a pinned block."""
+
+    __slots__ = ("extent", "left", "written")
+
+    def __init__(self, extent: Extent) -> None:
+        self.extent = extent
+        self.left: Fence
+        self.written: WorkerFence
+
+    @property
+    def nbytes(self) -> int:
+        return self.extent.nbytes
+
+    def retire(self, fences: Iterable[Fence] = ()) -> None:
+        self.extent.retire((self.written, *fences))
+
+
+class DiskTransport(_Accelerator):
+    """Device memory to a file and back, through pinned blocks that are held only for the passage."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        passage: Arena,
+        store: DiskStore,
+        before_copies: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(device, before_copies)
+        self._passage = passage
+        self._store = store
+        self._writer = WorkerLane("lighterage-disk-out")
+        self._reader = WorkerLane("lighterage-disk-in")
+        self._refusal: str | None = None
+
+    @property
+    def refusal(self) -> str | None:
+        return self._refusal
+
+    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+        rested: list[Resting | None] = []
+        streams = self._streams
+        lane, current = streams.outbound, streams.current()
+        streams.after(current, lane)
+        for storage, lo, hi in sources:
+            extent = self._store.acquire(hi - lo)
+            if extent is None:
+                self._refusal = self._store.refusal
+                rested.append(None)
+                continue
+            block = self._passage.acquire(hi - lo)
+            if block is None:
+                self._refusal = f"no pinned memory for the passage to disk: {self._passage.refusal}"
+                extent.retire()
+                rested.append(None)
+                continue
+            data = byte_view(storage, lo, hi)
+            with streams.on(lane, current):
+                self._claim(data, lane, current)
+                for fence in block.fences:
+                    lane.wait_event(fence.event)  # type: ignore[attr-defined]
+                _copy_out(block, data)
+                left = streams.fence(lane)
+            one = _RestedOnDisk(extent)
+            one.left = left
+            one.written = self._writer.submit(self._write_job(extent, block, left), extent.fences)
+            rested.append(one)
+        return rested
+
+    def _write_job(self, extent: Extent, block: Block, left: EventFence) -> Callable[[], None]:
+        def write() -> None:
+            left.wait()
+            at = 0
+            for part in block.parts:
+                self._store.write(extent, part, offset=at)
+                at += part.numel()
+            # Where the write fails the block is not given back: it still holds the only copy of the bytes.
+            block.retire()
+
+        return write
+
+    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+        streams = self._streams
+        current = streams.current()
+        allocated = current.record_event()
+        fences: list[Fence] = []
+        for batch in batches:
+            fence = _TicketFence(self.device)
+            after = [resting.written for resting, _ in batch]  # type: ignore[attr-defined]
+            fence.ticket = self._reader.submit(self._read_job(list(batch), allocated, fence, current), after)
+            fences.append(fence)
+        return fences
+
+    def _read_job(
+        self,
+        batch: list[tuple[Resting, torch.Tensor]],
+        allocated: torch.Event,
+        fence: _TicketFence,
+        current: torch.Stream,
+    ) -> Callable[[], None]:
+        def read() -> None:
+            lane = self._streams.inbound
+            back_to = self._streams.current()
+            lane.wait_event(allocated)
+            while batch:
+                resting, data = batch.pop()
+                resting.written.wait()  # type: ignore[attr-defined]
+                block = self._passage.acquire(resting.nbytes)
+                if block is None:
+                    raise self._store.error(f"no pinned memory to read through: {self._passage.refusal}")
+                for earlier in block.fences:
+                    earlier.wait()
+                at = 0
+                for part in block.parts:
+                    self._store.read(resting.extent, part, offset=at)  # type: ignore[attr-defined]
+                    at += part.numel()
+                with self._streams.on(lane, back_to):
+                    self._claim(data, lane, current)
+                    _copy_in(data, block)
+                    copied = self._streams.fence(lane)
+                block.retire((copied,))
+                fence.event = copied.event
+
+        return read
+
+    def close(self) -> None:
+        self._writer.close()
+        self._reader.close()
+        self._streams.outbound.synchronize()
+        self._streams.inbound.synchronize()
+        self._buried.clear()

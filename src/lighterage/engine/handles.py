@@ -1,0 +1,123 @@
+"""What the pack hook returns: small objects that own what they stand for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .allocation import Allocation
+from .views import InPlaceWatch, ViewSpec, changed_in_place, type_name
+
+if TYPE_CHECKING:
+    from .sections import Section
+
+# Note [What a handle may hold]
+# A saved output reaches the pack hook with its grad_fn; holding it, or a view of it, closes a cycle through the graph
+# that the garbage collector cannot see. Handles hold detached aliases, emptied aliases and storages, never the tensor.
+
+
+class Kept:
+    """A saved tensor that stays where it is."""
+
+    __slots__ = ("_section", "_tensor", "_version")
+
+    def __init__(self, tensor: torch.Tensor, section: Section) -> None:
+        self._tensor = tensor.detach()
+        self._version = self._tensor._version
+        self._section = section
+
+    def unpack(self) -> torch.Tensor:
+        tensor = self._tensor
+        if tensor._version != self._version:
+            raise changed_in_place(
+                type_name(tensor), tensor.shape, self._version, tensor._version, self._section.name
+            )
+        if not self._section.visited:
+            self._section.visit()
+        return tensor
+
+
+class KeptWrapper:
+    """A saved wrapper subclass of which nothing was moved."""
+
+    __slots__ = ("_section", "_tensor", "_watch")
+
+    def __init__(self, tensor: torch.Tensor, section: Section) -> None:
+        self._tensor = tensor.detach()
+        self._watch = InPlaceWatch.of_wrapper(tensor)
+        self._section = section
+
+    def unpack(self) -> torch.Tensor:
+        if self._watch.now != self._watch.version:
+            raise changed_in_place(
+                type(self._tensor).__name__,
+                self._tensor.shape,
+                self._watch.version,
+                self._watch.now,
+                self._section.name,
+            )
+        if not self._section.visited:
+            self._section.visit()
+        return self._tensor
+
+
+class Offloaded:
+    """A saved tensor as a view over an allocation."""
+
+    __slots__ = ("_allocation", "_section", "_spec", "_watch")
+
+    def __init__(self, allocation: Allocation, spec: ViewSpec, watch: InPlaceWatch, section: Section) -> None:
+        self._allocation = allocation
+        self._spec = spec
+        self._watch = watch
+        self._section = section
+
+    def unpack(self) -> torch.Tensor:
+        watch = self._watch
+        if watch.now != watch.version:
+            kind = type_name(watch._alias)
+            raise changed_in_place(kind, self._spec.size, watch.version, watch.now, self._section.name)
+        section = self._section
+        if not section.visited:
+            section.visit()
+        return section.owner.load(self._allocation, self._spec, section)
+
+
+class OffloadedWrapper:
+    """A saved wrapper subclass: the tensors inside are moved, or held as they are, each for itself."""
+
+    __slots__ = ("_context", "_inner", "_section", "_size", "_stride", "_type", "_watch")
+
+    def __init__(
+        self,
+        tensor: torch.Tensor,
+        context: object,
+        inner: dict[str, Offloaded | OffloadedWrapper | torch.Tensor],
+        section: Section,
+    ) -> None:
+        self._type: Any = type(tensor)
+        self._context = context
+        self._inner = inner
+        self._size = tensor.shape
+        self._stride = () if tensor.is_nested else tensor.stride()
+        self._watch = InPlaceWatch.of_wrapper(tensor)
+        self._section = section
+
+    def unpack(self) -> torch.Tensor:
+        if self._watch.now != self._watch.version:
+            raise changed_in_place(
+                self._type.__name__, self._size, self._watch.version, self._watch.now, self._section.name
+            )
+        inner = {name: part if isinstance(part, torch.Tensor) else part.unpack() for name, part in self._inner.items()}
+        with torch.no_grad():
+            rebuilt: torch.Tensor = self._type.__tensor_unflatten__(inner, self._context, self._size, self._stride)
+        return rebuilt
+
+
+Handle = Kept | KeptWrapper | Offloaded | OffloadedWrapper
+
+
+def unpack(handle: Handle) -> torch.Tensor:
+    """The unpack hook."""
+    return handle.unpack()

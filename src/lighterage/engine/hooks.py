@@ -1,0 +1,89 @@
+"""Attaches to an nn.Module: every call of it runs inside a scope, however the call ends."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+# Note [Why the class is swapped]
+# PyTorch's forward hooks with always_call run on Exception alone: a KeyboardInterrupt would leave saved-tensor hooks
+# pushed. Replacing `module.forward` would follow the instance dict into DataParallel's replicas and call the original.
+# So the instance gets a subclass of its own class, as fully_shard and parametrize do, whose __call__ wraps the scope in
+# try/finally. The name, the state dict, isinstance and all hooks are as before; copies and pickles name the original
+# class, and are free of the scope.
+
+Call = Callable[..., Any]
+Scope = Callable[[Call, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Attachment:
+    """The scope around one module's calls."""
+
+    def __init__(self, module: nn.Module, scope: Scope) -> None:
+        if isinstance(module, torch.jit.ScriptModule):
+            raise TypeError(
+                f"a TorchScript module runs outside Python, so its saved tensors cannot be told apart; got "
+                f"{type(module).__name__}. Pass the nn.Module that it was made from."
+            )
+        self._module = weakref.ref(module)
+        self._scope: Scope | None = scope
+        self._class = _subclass(type(module), self)
+        try:
+            module.__class__ = self._class
+        except TypeError as error:
+            raise TypeError(
+                f"the calls of a {type(module).__name__} cannot be wrapped, since its class has a layout of its own "
+                f"({error}). Wrap the code that calls it in `with offloader.section(name):` instead."
+            ) from error
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self._module()
+
+    def covers(self, module: nn.Module) -> bool:
+        return self._scope is not None and (module is self._module() or getattr(module, "_is_replica", False))
+
+    def run(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+        assert self._scope is not None
+        return self._scope(call, module, args, kwargs)
+
+    def detach(self) -> None:
+        """Give the module its class back. Where another library has swapped the class since, this one turns inert."""
+        self._scope = None
+        module = self._module()
+        while module is not None:
+            attachment = type(module).__dict__.get("_lighterage_attachment")
+            if attachment is None or attachment._scope is not None:
+                return
+            module.__class__ = type(module).__mro__[1]
+
+
+def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        if not attachment.covers(self):
+            return base.__call__(self, *args, **kwargs)
+        return attachment.run(base.__call__, self, args, kwargs)
+
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:  # noqa: ANN401
+        reduced = base.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+        if not isinstance(reduced, tuple):
+            return reduced
+        rebuild_args = tuple(base if arg is type(self) else arg for arg in reduced[1])
+        return (reduced[0], rebuild_args, *reduced[2:])
+
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            "__call__": torch._disable_dynamo(call, recursive=False),
+            "__reduce_ex__": reduce_ex,
+            "_lighterage_attachment": attachment,
+        },
+    )

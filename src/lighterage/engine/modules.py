@@ -1,0 +1,136 @@
+"""Which modules are sections, and which memory belongs to modules rather than to autograd."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+class SectionModules:
+    """The sections that a module or an iterable of modules stands for.
+
+    A ModuleList, ModuleDict, Sequential or iterable is taken as it is, each member a section. Any other single module
+    is a root: its longest ModuleList or Sequential gives the sections, and what is saved between them belongs to it.
+
+    Raises:
+        TypeError: something is not an nn.Module.
+        ValueError: there is no module at all.
+    """
+
+    def __init__(self, modules: nn.Module | Iterable[nn.Module]) -> None:
+        self.root: nn.Module | None = None
+        self.root_name = ""
+        self.chosen_from: str
+        """For the report: where the sections were found."""
+        if isinstance(modules, nn.ModuleDict):
+            members = [(name, member) for name, member in modules.items()]
+            self.chosen_from = "the members of the ModuleDict that was given"
+        elif isinstance(modules, nn.ModuleList | nn.Sequential):
+            members = _numbered(modules)
+            self.chosen_from = f"the members of the {type(modules).__name__} that was given"
+        elif isinstance(modules, nn.Module):
+            members = self._search(modules)
+        else:
+            members = _numbered(_modules_of(modules))
+            self.chosen_from = "the modules that were given"
+        if not members:
+            raise ValueError(
+                "there is no module to offload: the list that was given is empty. Pass model.layers, the model itself, "
+                "or an iterable of its layers in forward order."
+            )
+        last = {id(module): position for position, (_, module) in enumerate(members)}
+        self.sections = [(name, module) for position, (name, module) in enumerate(members) if last[id(module)] == position]
+        self._names = frozenset(name for name, _ in self.sections)
+        self.all_modules = [self.root] if self.root is not None else [module for _, module in self.sections]
+
+    def _search(self, root: nn.Module) -> list[tuple[str, nn.Module]]:
+        best: tuple[str, nn.ModuleList | nn.Sequential] | None = None
+        for name, module in root.named_modules():
+            if isinstance(module, nn.ModuleList | nn.Sequential) and (best is None or len(module) > len(best[1])):
+                best = (name, module)
+        if best is None or len(best[1]) == 0:
+            self.chosen_from = f"the {type(root).__name__} itself, which holds no ModuleList or Sequential"
+            return [(type(root).__name__, root)]
+        self.root, self.root_name = root, type(root).__name__
+        self.chosen_from = f"{best[0]!r} of the {type(root).__name__}, its longest {type(best[1]).__name__}"
+        return [(f"{best[0]}.{index}", member) for index, member in enumerate(best[1])]
+
+    def has(self, name: str) -> bool:
+        """Whether `name` is that of a module, rather than of a section named in code."""
+        return name in self._names
+
+
+def _modules_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    hint = "Pass model.layers, the model itself, or an iterable of its layers in forward order."
+    try:
+        members = list(modules)
+    except TypeError:
+        raise TypeError(f"offload takes an nn.Module or an iterable of them; got {modules!r}. {hint}") from None
+    for position, member in enumerate(members):
+        if not isinstance(member, nn.Module):
+            raise TypeError(f"item {position} of what offload was given is a {type(member).__name__}, no nn.Module. {hint}")
+    return members
+
+
+def _numbered(members: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
+    return [(f"{type(member).__name__}.{index}", member) for index, member in enumerate(members)]
+
+
+class Residents:
+    """Memory of parameters and registered buffers: never moved, nor what autocast made of it.
+
+    Parameters are also known by their class, at once; this finds those that are saved through `.data`, flat buffers,
+    and the like. It is read anew at the first save of each step.
+    """
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = [weakref.ref(module) for module in modules]
+        self._owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self.on_accelerator = False
+        """Whether some of the memory is on an accelerator: then CPU tensors are on the host already."""
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the modules' parameters and buffers again."""
+        owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        on_accelerator = False
+        for ref in self._modules:
+            module = ref()
+            if module is None:
+                continue
+            for reason, tensors in (("parameter", module.parameters()), ("buffer", module.buffers())):
+                for tensor in tensors:
+                    for plain in _plain(tensor):
+                        on_accelerator = on_accelerator or plain.device.type not in ("cpu", "meta")
+                        owners[plain.untyped_storage()._cdata] = (weakref.ref(plain), reason)
+        self._owners, self.on_accelerator = owners, on_accelerator
+
+    def reason(self, key: int, tensor: torch.Tensor) -> str | None:
+        """Why the storage with the id `key` stays, if it does; `tensor` is the saved tensor or the base of its view."""
+        known = self._owners.get(key)
+        if known is not None:
+            owner = known[0]()
+            if owner is not None and owner.untyped_storage()._cdata == key:
+                return known[1]
+        if tensor.requires_grad:
+            node = tensor.grad_fn
+            if node is not None and type(node).__name__ == "ToCopyBackward0":
+                source = node.next_functions[0][0]
+                if isinstance(getattr(source, "variable", None), nn.Parameter):
+                    return "cast of a parameter"
+        return None
+
+
+def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        for name in names:
+            inner = getattr(tensor, name)
+            if isinstance(inner, torch.Tensor):
+                yield from _plain(inner)
+    elif tensor.layout is torch.strided and tensor.device.type != "meta" and not nn.parameter.is_lazy(tensor):
+        yield tensor

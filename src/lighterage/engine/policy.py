@@ -1,0 +1,115 @@
+"""What the user asks of an offloader."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from typing import Literal
+
+_UNITS = {"": 1, "B": 1}
+for _power, _prefix in enumerate("KMGT", start=1):
+    _UNITS[f"{_prefix}IB"] = 1024**_power
+    _UNITS[f"{_prefix}B"] = 1000**_power
+
+
+def parse_bytes(value: int | str, *, name: str) -> int:
+    """Bytes from a number or from text such as `"24GiB"`, `"512 MiB"`, `"1.5GB"`.
+
+    Raises:
+        ValueError: the text is not a size, or the size is negative.
+        TypeError: `value` is neither a whole number nor text.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | str):
+        raise TypeError(f'{name} is a number of bytes or text such as "24GiB"; got {value!r}.')
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
+        if match is None or match[2].upper() not in _UNITS:
+            raise ValueError(f'{name} is a number of bytes or text such as "24GiB" or "512MiB"; got {value!r}.')
+        return int(float(match[1]) * _UNITS[match[2].upper()])
+    if value < 0:
+        raise ValueError(f"{name} cannot be negative; got {value}. Leave it out for no limit.")
+    return int(value)
+
+
+class _Default(int):
+    """A number that nobody named: it tells a plan made by hand from one left to the library."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How an offloader chooses what to move, where to, and when. Every field may be given to `offload` by its name.
+
+    Raises:
+        ValueError, TypeError: a field is out of its range or of the wrong type; the message says what to give.
+    """
+
+    keep_last: int = _Default(2)
+    """Sections at the end of the forward pass whose saved tensors stay on the device: backward wants them at once."""
+
+    min_bytes: int = 65536
+    """Allocations smaller than this many bytes stay. Small tensors inside a large allocation go with it."""
+
+    select: Literal["unmarked", "marked"] = "unmarked"
+    """`"unmarked"`: move all but what is marked `mark_not_offload`. `"marked"`: only what is marked `mark_offload`."""
+
+    host_budget: int | str | None = None
+    """Most bytes at rest at once, as a number or `"24GiB"`. What finds no room stays on the device. None: no limit
+    but the machine's."""
+
+    tier: Literal["host", "disk"] | None = None
+    """Where allocations rest. None: host memory for accelerator tensors, disk for CPU tensors."""
+
+    disk_dir: str | os.PathLike[str] | None = None
+    """Folder of the disk tier. None: the system's temporary folder."""
+
+    disk_checksums: bool = False
+    """Whether the disk tier checks a CRC-32 of every range that it reads back."""
+
+    release_after: int = _Default(1)
+    """Sections that pass after a section's end before its device memory is given back. More hides a slower link behind
+    more compute, and holds that many sections' bytes longer."""
+
+    prefetch_ahead: int = _Default(2)
+    """Sections whose bytes are on their way back while backward works on one. 0: only on demand."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_last", "min_bytes", "release_after", "prefetch_ahead"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} is a whole number; got {value!r} ({type(value).__name__}).")
+            if value < 0:
+                raise ValueError(f"{name} cannot be negative; got {value}. 0 is the smallest.")
+        if self.select not in ("unmarked", "marked"):
+            raise ValueError(
+                f'select is "unmarked" (move all but mark_not_offload) or "marked" (move only mark_offload); '
+                f"got {self.select!r}."
+            )
+        if self.tier not in (None, "host", "disk"):
+            raise ValueError(f'tier is "host", "disk" or None (chosen by the device); got {self.tier!r}.')
+        if self.host_budget is not None:
+            parse_bytes(self.host_budget, name="host_budget")
+        if not isinstance(self.disk_checksums, bool):
+            raise TypeError(f"disk_checksums is True or False; got {self.disk_checksums!r}.")
+        if self.disk_dir is not None:
+            if not isinstance(self.disk_dir, str | os.PathLike):
+                raise TypeError(f"disk_dir is a path; got {self.disk_dir!r}.")
+            if self.tier == "host":
+                raise ValueError(
+                    f'disk_dir={os.fspath(self.disk_dir)!r} is used by the disk tier alone, and tier="host" was asked '
+                    'for. Leave disk_dir out, or take tier="disk".'
+                )
+            if not os.path.isdir(self.disk_dir):
+                raise ValueError(
+                    f"disk_dir must be a folder that exists; {os.fspath(self.disk_dir)!r} is none. Make it first."
+                )
+
+    @property
+    def budget_bytes(self) -> int | None:
+        """`host_budget` as bytes, or None."""
+        return None if self.host_budget is None else parse_bytes(self.host_budget, name="host_budget")
+
+    @property
+    def by_hand(self) -> bool:
+        """Whether `keep_last`, `release_after` or `prefetch_ahead` was named: then the plan is the user's."""
+        return not all(isinstance(v, _Default) for v in (self.keep_last, self.release_after, self.prefetch_ahead))

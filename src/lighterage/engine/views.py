@@ -1,0 +1,111 @@
+"""A saved tensor as a byte range of an allocation and the view over it, and back."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class ViewSpec(NamedTuple):
+    """How to rebuild a strided tensor over an allocation.
+
+    >>> x = torch.arange(6.0).view(2, 3)
+    >>> spec = describe(x.t()[1:])
+    >>> (spec.lo, spec.hi, tuple(spec.size), spec.stride)
+    (4, 24, (2, 2), (1, 3))
+    """
+
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+    lo: int
+    """First byte, from the start of the storage."""
+    hi: int
+    """One past the last byte that an element of the view touches."""
+    conj: bool
+    neg: bool
+
+
+def describe(tensor: torch.Tensor) -> ViewSpec:
+    """The view spec of a strided tensor with a storage."""
+    itemsize = tensor.itemsize
+    size, stride = tensor.shape, tensor.stride()
+    lo = tensor.storage_offset() * itemsize
+    if tensor.is_contiguous():
+        hi = lo + tensor.numel() * itemsize
+    elif tensor.numel() == 0:
+        hi = lo
+    else:
+        hi = lo + (1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))) * itemsize
+    return ViewSpec(tensor.dtype, size, stride, lo, hi, tensor.is_conj(), tensor.is_neg())
+
+
+def rebuild(spec: ViewSpec, storage: torch.UntypedStorage, shift: int) -> torch.Tensor:
+    """The tensor that `spec` describes, over `storage`, in which byte 0 of the allocation lies at byte `shift`."""
+    tensor = torch.empty(0, dtype=spec.dtype, device=storage.device)
+    tensor.set_(storage, (spec.lo + shift) // tensor.itemsize, spec.size, spec.stride)  # type: ignore[call-overload]
+    if spec.conj:
+        tensor = torch._conj(tensor)
+    return torch._neg_view(tensor) if spec.neg else tensor
+
+
+def byte_view(storage: torch.UntypedStorage, lo: int, hi: int) -> torch.Tensor:
+    """Bytes [lo, hi) of `storage` as a uint8 tensor of shape (hi - lo,)."""
+    view = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    view.set_(storage, lo, (hi - lo,), (1,))  # type: ignore[call-overload]
+    return view
+
+
+class InPlaceWatch:
+    """The version counter of a saved tensor, without its memory.
+
+    A detached alias shares the counter; its data is then swapped for an empty tensor, so that it holds no bytes.
+    """
+
+    __slots__ = ("_alias", "version")
+
+    _EMPTY: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        alias = tensor.detach()
+        key = (tensor.dtype, tensor.device)
+        empty = self._EMPTY.get(key)
+        if empty is None:
+            with torch.inference_mode(False):
+                empty = self._EMPTY[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        alias.data = empty
+        self._alias = alias
+        self.version = alias._version
+
+    @classmethod
+    def of_wrapper(cls, tensor: torch.Tensor) -> InPlaceWatch:
+        """The watch of a wrapper subclass: the outer counter is the one that PyTorch checks."""
+        watch = cls.__new__(cls)
+        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+            watch._alias = tensor.detach()
+        watch.version = tensor._version
+        return watch
+
+    @property
+    def now(self) -> int:
+        """The counter as it is now."""
+        return self._alias._version
+
+
+def changed_in_place(kind: str, size: torch.Size, version: int, now: int, section: str) -> RuntimeError:
+    """The error for a saved tensor that was changed before backward, in the words that PyTorch uses for it."""
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{kind} {list(size)}], saved in section {section!r}, is at version {now}; expected version {version} "
+        "instead. Hint: enable anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True), or save a copy of the tensor before changing it."
+    )
+
+
+def type_name(tensor: torch.Tensor) -> str:
+    """`torch.cuda.FloatTensor` and the like, as PyTorch names a tensor in its in-place error."""
+    try:
+        return str(tensor.type())
+    except Exception:  # dtypes without a legacy tensor type
+        return f"{tensor.device.type} {tensor.dtype}"

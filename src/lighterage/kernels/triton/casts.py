@@ -1,0 +1,210 @@
+"""Number formats on the device: widening, FP8 and FP4 casts, and the scales of a block.
+
+Note [Two ways to cast]
+The Triton interpreter rounds wrongly (subnormals, ties, carries) and knows no inline assembly. Every cast therefore
+has a second form in integer arithmetic, chosen by `HARDWARE=False`. It is exact on any device, so it also serves GPUs
+without FP8 conversion instructions. Both forms give the same bits: FP8 is round to nearest even, saturating, with
+every NaN as 0x7F.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+_INF_BITS = tl.constexpr(0x7F800000)
+
+
+@triton.jit
+def widen(x, HARDWARE: tl.constexpr):
+    """bf16, fp16 or fp32 to fp32, exactly."""
+    if x.dtype == tl.bfloat16 and not HARDWARE:  # the interpreter loses subnormals
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def round_to_bf16(x, HARDWARE: tl.constexpr):
+    """fp32 to the nearest bf16 value (ties to even), kept as fp32."""
+    if HARDWARE:
+        return x.to(tl.bfloat16).to(tl.float32)
+    else:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        return tl.where(x == x, rounded, bits | 0x400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _fp8_code_in_integers(x, E5M2: tl.constexpr):
+    """fp32 to the int32 code of an FP8 value: note [Two ways to cast]."""
+    MANTISSA: tl.constexpr = 2 if E5M2 else 3
+    BIAS: tl.constexpr = 15 if E5M2 else 7
+    SHIFT: tl.constexpr = 23 - MANTISSA
+    MAX_CODE: tl.constexpr = 0x7B if E5M2 else 0x7E
+    MIN_NORMAL_BITS: tl.constexpr = (128 - BIAS) << 23
+    # Added to a subnormal, this constant's last mantissa bit weighs one subnormal step: one exact rounding.
+    STEP_BITS: tl.constexpr = (127 + 23 - (BIAS - 1 + MANTISSA)) << 23
+    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
+    # Inf and NaN would overflow the addition below.
+    bits = tl.minimum(magnitude, 0x7F000000)
+    normal = ((bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
+    small = tl.minimum(bits, MIN_NORMAL_BITS).to(tl.float32, bitcast=True)
+    step = tl.full([], STEP_BITS, tl.int32).to(tl.float32, bitcast=True)
+    subnormal = (small + step).to(tl.int32, bitcast=True) - STEP_BITS
+    code = tl.where(bits < MIN_NORMAL_BITS, subnormal, tl.minimum(normal, MAX_CODE))
+    return tl.where(magnitude > _INF_BITS, 0x7F, sign | code)
+
+
+@triton.jit
+def fp8_code(x, E5M2: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 to the byte of an FP8 value."""
+    if not HARDWARE:
+        return _fp8_code_in_integers(x, E5M2).to(tl.uint8)
+    elif E5M2:
+        return x.to(tl.float8e5).to(tl.uint8, bitcast=True)
+    else:
+        return x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def fp8_codes_packed(x0, x1, x2, x3, E5M2: tl.constexpr, HARDWARE: tl.constexpr):
+    """Four fp32 tensors to one int32 tensor of four FP8 bytes, `x0` in the lowest."""
+    if not HARDWARE:
+        low = _fp8_code_in_integers(x0, E5M2) | (_fp8_code_in_integers(x1, E5M2) << 8)
+        high = _fp8_code_in_integers(x2, E5M2) | (_fp8_code_in_integers(x3, E5M2) << 8)
+        return low | (high << 16)
+    elif E5M2:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b16 low, high;
+            cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high}; }""",
+            "=r,f,f,f,f",
+            [x0, x1, x2, x3],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            """{ .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high}; }""",
+            "=r,f,f,f,f",
+            [x0, x1, x2, x3],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def e4m3_value(code):
+    """int32 codes of non-negative E4M3 values to fp32. The exponent's bias is mended by one exact multiplication."""
+    return (code << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def without_nan(amax):
+    """A maximum that ignored NaN: 0 where there was nothing but NaN."""
+    return tl.where(amax == amax, amax, 0.0)
+
+
+@triton.jit
+def fp8_block_scale(amax, epsilon, E5M2: tl.constexpr, POWER_OF_2: tl.constexpr, INPUT_MAX: tl.constexpr):
+    """`(scale, 1 / scale)` of a block, from its amax (no NaN). `INPUT_MAX`: largest finite value of the input's dtype.
+
+    fp8_max is 1.75 * 2^8 (E4M3) or 1.75 * 2^15 (E5M2), so the power of two at or below fp8_max / amax follows from
+    amax's exponent, one less where its mantissa is above 1.75: no division.
+    """
+    amax = tl.where(amax < epsilon, epsilon, amax)
+    bits = amax.to(tl.int32, bitcast=True)
+    unscaled = (bits == 0) | (bits == _INF_BITS)
+    if POWER_OF_2:
+        TOP: tl.constexpr = 269 if E5M2 else 262
+        OVERFLOW: tl.constexpr = 142 if INPUT_MAX < 1e5 else 254
+        exponent = TOP - ((bits + 0x1FFFFF) >> 23)
+        exponent = tl.where(exponent > 254, OVERFLOW, exponent)
+        exponent = tl.where(unscaled, 127, exponent)
+        scale = (exponent << 23).to(tl.float32, bitcast=True)
+        scale_inv = tl.maximum((254 - exponent) << 23, 0x400000).to(tl.float32, bitcast=True)
+    else:
+        FP8_MAX: tl.constexpr = 57344.0 if E5M2 else 448.0
+        divisor = tl.where(unscaled, FP8_MAX, amax)
+        scale = tl.div_rn(tl.zeros_like(divisor) + FP8_MAX, divisor)
+        scale = tl.where(scale.to(tl.int32, bitcast=True) == _INF_BITS, INPUT_MAX, scale)
+        scale_inv = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+    return scale, scale_inv
+
+
+@triton.jit
+def e8m0_scale(amax, E5M2: tl.constexpr):
+    """`(code, 2^(127 - code))` of a block, from its amax (no NaN): the int32 E8M0 code rounded up, and its inverse."""
+    RECIPROCAL_BITS: tl.constexpr = 0x37924925 if E5M2 else 0x3B124925  # fl(1 / fp8_max)
+    reciprocal = tl.full([], RECIPROCAL_BITS, tl.int32).to(tl.float32, bitcast=True)
+    bits = (amax * reciprocal).to(tl.int32, bitcast=True)
+    # A subnormal up to 2^-127 has code 0; above it, and for any other mantissa, the exponent is rounded up.
+    code = tl.minimum((bits + tl.where(bits < 0x800000, 0x3FFFFF, 0x7FFFFF)) >> 23, 254)
+    inverse = tl.maximum((254 - code) << 23, 0x400000).to(tl.float32, bitcast=True)
+    return code, inverse
+
+
+@triton.jit
+def nvfp4_global_scale(amax):
+    """`(multiplier of a block's amax, fl(1 / G))`, from the tensor's amax: G = 2688 / amax."""
+    divisor = tl.where(amax == 0, 1.0, amax)
+    encode = tl.minimum(tl.div_rn(tl.zeros_like(divisor) + 2688.0, divisor), FLOAT_MAX)
+    encode = tl.where((amax == 0) | (encode == 0), 1.0, encode)
+    sixth = tl.full([], 0x3E2AAAAB, tl.int32).to(tl.float32, bitcast=True)
+    return encode * sixth, tl.div_rn(tl.zeros_like(encode) + 1.0, encode)
+
+
+@triton.jit
+def nvfp4_block_scale(amax, multiplier, decode, HARDWARE: tl.constexpr):
+    """`(int32 E4M3 code, factor of the values)` of a block, from its amax (no NaN) and the tensor's two factors."""
+    code = fp8_code(tl.minimum(amax * multiplier, FLOAT_MAX), False, HARDWARE).to(tl.int32)
+    scale = e4m3_value(code) * decode
+    empty = scale == 0  # 1 / 0 would be Inf, and is cut to the largest float
+    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, tl.where(empty, 1.0, scale))
+    return code, tl.where(empty, FLOAT_MAX, tl.minimum(inverse, FLOAT_MAX))
+
+
+@triton.jit
+def e2m1_code(x, HARDWARE: tl.constexpr):
+    """fp32 to the int32 code of the nearest E2M1 value (ties to even): saturating, -0 is 8 and NaN is 7.
+
+    The steps of E2M1 are 0.5 below 2, 1 below 4 and 2 above. Adding 2^22, 2^23 or 2^24 leaves room for just that step,
+    so that the addition itself rounds, once.
+    """
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(tl.abs(x), 6.0)  # of NaN and 6: 6
+    sign = (bits >> 28) & 8
+    if not HARDWARE:
+        magnitude = tl.where(x == x, magnitude, 6.0)
+        sign = tl.where(x == x, sign, 0)  # on the device a product that is NaN has no sign
+    exponent_bits = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
+    step_bits = exponent_bits + (22 << 23)
+    rounded = (magnitude + step_bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
+    return ((rounded - step_bits) + ((exponent_bits >> 22) - 254)) | sign
+
+
+@triton.jit
+def e2m1_code_stochastic(x, random, HARDWARE: tl.constexpr):
+    """fp32 to the int32 code of one of the two neighbouring E2M1 values. `random`: int32 in [0, 256)."""
+    bits = x.to(tl.int32, bitcast=True)
+    magnitude = tl.minimum(tl.abs(x), 6.0)
+    sign = (bits >> 28) & 8
+    if not HARDWARE:
+        magnitude = tl.where(x == x, magnitude, 6.0)
+        sign = tl.where(x == x, sign, 0)
+    step = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
+    step = (step - (1 << 23)).to(tl.float32, bitcast=True)
+    shifted = magnitude + (random.to(tl.float32) * 0.00390625) * step
+    exponent_bits = tl.maximum(shifted.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
+    # 2 / 2^exponent: an exact factor, so the truncation counts whole steps.
+    per_step = ((255 << 23) - exponent_bits).to(tl.float32, bitcast=True)
+    return ((shifted * per_step).to(tl.int32) + ((exponent_bits >> 22) - 254)) | sign

@@ -1,0 +1,45 @@
+"""What every launcher asks of its arguments and of the device."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+import triton
+
+_INPUT_MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+
+
+@lru_cache
+def has_fp8_casts(device_index: int | None) -> bool:
+    """Whether the device converts to FP8 in hardware; the interpreter does not."""
+    if triton.knobs.runtime.interpret or device_index is None:
+        return False
+    return torch.cuda.get_device_capability(device_index) >= (8, 9)
+
+
+def input_max(dtype: torch.dtype) -> float:
+    """Largest finite value of an input's dtype."""
+    return _INPUT_MAX[dtype]
+
+
+def check_group(x: torch.Tensor, ends: torch.Tensor, num_splits: int, *buffers: torch.Tensor | None) -> None:
+    """Refuse what a kernel would silently misread."""
+    if x.dim() != 2 or not x.is_contiguous() or x.dtype not in _INPUT_MAX:
+        raise ValueError(
+            f"The kernels take a contiguous (M, K) matrix of bf16, fp16 or fp32; got {tuple(x.shape)} {x.dtype} with "
+            f"strides {x.stride()}. Call .reshape(-1, K).contiguous() first."
+        )
+    if ends.dtype != torch.int64 or ends.dim() != 1 or ends.shape[0] < num_splits:
+        raise ValueError(
+            f"ends needs {num_splits} int64 row counts on {x.device}; got {tuple(ends.shape)} {ends.dtype}. "
+            "Pass the inclusive prefix sums of the splits."
+        )
+    if all(buffer is None for buffer in buffers):
+        raise ValueError("Both buffers are None: there is nothing to quantize into. Pass one for each usage asked for.")
+    for buffer in buffers:
+        if buffer is not None and (buffer.dtype != torch.uint8 or buffer.data_ptr() % 16):
+            raise ValueError(
+                f"A bulk buffer is uint8 and begins at a multiple of 16 bytes; got {buffer.dtype} at "
+                f"{buffer.data_ptr() % 16} past one. Allocate it as the bulk layout says."
+            )

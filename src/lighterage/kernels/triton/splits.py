@@ -1,0 +1,70 @@
+"""Which split a program works on, and where that split lies in its buffer: read from the splits' ends on the device.
+
+Note [Tiles of ragged splits]
+The host knows neither the splits nor how many tiles they have. Split i, which begins at row `start`, owns the slots
+from `start // TILE + i` on. A split of m rows needs `ceil(m / TILE)` slots and the next split begins at least that many
+later, and at least one later: slots never overlap, even an empty split has one, and `num_rows // TILE + num_splits`
+slots are enough for any splits of `num_rows` rows. A slot past its split's rows has nothing to do.
+
+    TILE 128, splits of 256, 0 and 96 rows: first slots 0, 3, 4; slot 2 is idle; slot 3 is the empty split's.
+
+Note [Offsets in the buffer]
+Data begin at multiples of 256 bytes, scales at multiples of 16, each split's after the one before it, and all scales
+after all data. Sums over the splits before ours give the offset. They cost one load of the ends, which stay in cache,
+and one reduction. Where the sizes keep the alignment by themselves the data's offset needs no sum.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+def num_slots(num_rows: int, num_splits: int, tile_rows: int) -> int:
+    """Slots that any `num_splits` splits of at most `num_rows` rows need: note [Tiles of ragged splits]."""
+    return num_rows // tile_rows + num_splits
+
+
+def padded_splits(num_splits: int) -> int:
+    """Lanes that hold all splits: a power of two, at least 16 so that few kernels are compiled."""
+    return max(16, 1 << (num_splits - 1).bit_length())
+
+
+@triton.jit
+def find_split(ends, slot, num_splits, TILE: tl.constexpr, LANES: tl.constexpr):
+    """`(split, its first row, its rows, our tile's number in it)`: note [Tiles of ragged splits]."""
+    lane = tl.arange(0, LANES)
+    start = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0).to(tl.int32)
+    begun = (lane < num_splits) & (start // TILE + lane <= slot)
+    split = tl.sum(begun.to(tl.int32), 0) - 1
+    start = tl.load(ends + split - 1, mask=split > 0, other=0).to(tl.int32)
+    end = tl.load(ends + split).to(tl.int32)
+    return split, start, end - start, slot - (start // TILE + split)
+
+
+@triton.jit
+def rows_of_splits(ends, num_splits, LANES: tl.constexpr):
+    """int32 [LANES]: the rows of every split, 0 in the lanes past the last one."""
+    lane = tl.arange(0, LANES)
+    start = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0)
+    end = tl.load(ends + lane, mask=lane < num_splits, other=0)
+    return tl.where(lane < num_splits, end - start, 0).to(tl.int32)
+
+
+@triton.jit
+def data_offset(ends, split, start, num_splits, ROW_BYTES: tl.constexpr, ROWS_UNIT: tl.constexpr, LANES: tl.constexpr):
+    """`(offset of the split's data, end of all data rounded up to 16)` in bytes, int64.
+
+    A row of the input makes `ROW_BYTES` of data in either direction; every split is a multiple of `ROWS_UNIT` rows.
+    """
+    if (ROW_BYTES * ROWS_UNIT) % 256 == 0:
+        total = tl.load(ends + num_splits - 1)
+        offset = start.to(tl.int64) * ROW_BYTES
+        end = total * ROW_BYTES
+    else:
+        lane = tl.arange(0, LANES)
+        size = rows_of_splits(ends, num_splits, LANES).to(tl.int64) * ROW_BYTES
+        rounded = (size + 255) // 256 * 256
+        offset = tl.sum(tl.where(lane < split, rounded, 0), 0)
+        end = tl.sum(tl.where(lane < num_splits - 1, rounded, size), 0)
+    return offset // 256 * 256, (end + 15) // 16 * 16
