@@ -27,7 +27,7 @@ class DemoConfig:
     seq: int = 256
     """Bytes of text in a sequence."""
 
-    batch: int = 4
+    batch: int = 8
     """Sequences in a step."""
 
     keep_last: int = 2

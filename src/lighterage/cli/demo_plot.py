@@ -21,7 +21,7 @@ def draw(plain: RunResult, moved: RunResult, *, path: Path, title: str) -> None:
     axes = figure.add_subplot()
     for result, color, name, lift in (
         (plain, _PLAIN, "without offload", 8),
-        (moved, _MOVED, "with offload", 8),
+        (moved, _MOVED, "with offload", -18),
     ):
         mib = [nbytes / _MIB for nbytes in result.live_bytes]
         axes.plot(result.times_ms, mib, color=color, linewidth=1.6, label=name)

@@ -1,0 +1,156 @@
+"""The demo: it finds what differs, sees what is freed, and runs from end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from lighterage.cli import demo_run, main
+from lighterage.cli.demo_config import DemoConfig
+from lighterage.cli.demo_measure import LiveBytes, StepClock, over_time
+from lighterage.cli.demo_model import Decoder
+from lighterage.cli.demo_text import batches, standard_library_text
+from lighterage.cli.demo_train import RunResult, digest, train
+
+TINY = DemoConfig(steps=3, layers=2, hidden=64, seq=16, batch=2, keep_last=1)
+
+
+@pytest.fixture(scope="module")
+def plain() -> RunResult:
+    return train(TINY, standard_library_text(4096), offload=False, on_step=lambda step, loss: None)
+
+
+def test_text_is_the_same_each_time_and_is_python():
+    text = standard_library_text(50_000)
+    assert len(text) == 50_000
+    assert torch.equal(text, standard_library_text(50_000))
+    assert b"import " in bytes(text.tolist())
+
+
+def test_text_leaves_out_packages_and_tests(tmp_path):
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages" / "a.py").write_text("installed")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "b.py").write_text("tests")
+    (tmp_path / "z.py").write_text("second")
+    (tmp_path / "c.py").write_text("first ")
+    assert bytes(standard_library_text(root=tmp_path).tolist()) == b"first second"
+
+
+def test_text_of_an_empty_library_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no Python sources"):
+        standard_library_text(root=tmp_path)
+
+
+def test_batches_repeat_with_the_seed_and_shift_by_one():
+    text = standard_library_text(1000)
+    here, following = next(batches(text, batch=3, seq=8, seed=5))
+    again, _ = next(batches(text, batch=3, seq=8, seed=5))
+    other, _ = next(batches(text, batch=3, seq=8, seed=6))
+    assert torch.equal(here, again)
+    assert not torch.equal(here, other)
+    assert torch.equal(here[:, 1:], following[:, :-1])
+
+
+def test_the_clock_passes_every_place_of_a_step():
+    model = Decoder(layers=3, width=64, tokens=8)
+    clock = StepClock(list(model.layers), torch.device("cpu"))
+    text = torch.randint(256, (1, 9))
+    for _ in range(2):
+        with clock.step():
+            loss = model(text[:, :-1], text[:, 1:])
+            clock.mark()
+            loss.backward()
+        places = clock.places_ms()
+        assert len(places) == 2 * 3 + 3
+        assert places == sorted(places)
+    assert not any(layer._forward_hooks or layer._forward_pre_hooks for layer in model.layers)
+
+
+def test_live_bytes_counts_what_a_step_made_and_nothing_else():
+    clock = StepClock([], torch.device("cpu"))
+    before = torch.zeros(1000)
+    live = LiveBytes(clock, torch.device("cpu"))
+    with live, clock.step():
+        made = before + 1
+        view = made[10:]
+        del made
+        view.add_(1)
+        before.mul_(2)
+        assert live.samples[-1][1] == 4000
+        del view
+        before.add_(1)
+    assert live.samples[-1][1] == 0
+
+
+def test_live_bytes_sees_a_storage_emptied_in_place():
+    clock = StepClock([], torch.device("cpu"))
+    live = LiveBytes(clock, torch.device("cpu"))
+    with live, clock.step():
+        made = torch.ones(1000)
+        made.untyped_storage().resize_(0)
+        torch.ones(1)
+    assert live.samples[-1][1] == 4
+
+
+def test_samples_spread_over_the_times_of_their_places():
+    times, nbytes = over_time([(0, 5), (0, 7), (1, 9)], [0.0, 10.0, 30.0])
+    assert times == [2.5, 7.5, 20.0]
+    assert nbytes == [5, 7, 9]
+
+
+def test_digest_tells_every_bit():
+    zero = torch.zeros(3)
+    assert digest(zero) == digest(torch.zeros(3))
+    assert digest(zero) != digest(-zero)
+    assert digest(torch.tensor([float("nan")])) == digest(torch.tensor([float("nan")]))
+
+
+def test_the_model_learns(plain):
+    assert plain.losses[-1] < plain.losses[0]
+
+
+def test_equal_runs_have_no_difference(plain):
+    again = train(TINY, standard_library_text(4096), offload=False, on_step=lambda step, loss: None)
+    assert demo_run.compare(plain, again) == []
+
+
+def test_each_kind_of_difference_is_told(plain):
+    losses = [*plain.losses[:-1], plain.losses[-1] + 1e-7]
+    gradients = [dict(step) for step in plain.gradients]
+    gradients[1]["head.weight"] = "other"
+    weights = {**plain.weights, "norm.weight": "other"}
+    wrong = dataclasses.replace(plain, losses=losses, gradients=gradients, weights=weights)
+    loss, gradient, weight = demo_run.compare(plain, wrong)
+    assert "loss of step 3" in loss
+    assert "step 2" in gradient
+    assert "head.weight" in gradient
+    assert "norm.weight" in weight
+
+
+def test_demo_runs_to_the_end(tmp_path, capsys):
+    assert main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "bitwise equal" in text
+    assert "Same bits" in text
+    assert (tmp_path / "activation_bytes.png").read_bytes().startswith(b"\x89PNG")
+    kept = json.loads((tmp_path / "demo.json").read_text())
+    assert kept["differences"] == []
+    assert kept["with_offload"]["peak_bytes"] < kept["without_offload"]["peak_bytes"]
+    assert kept["with_offload"]["stats"]["bytes_out"] > 0
+
+
+def test_demo_fails_when_the_bits_differ(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo_run, "compare", lambda plain, moved: ["the loss of step 1 is another."])
+    assert main(["demo", "--quick", "--device", "cpu", "--steps", "3", "--out", str(tmp_path)]) == 1
+    assert "FAILED: the loss of step 1 is another." in capsys.readouterr().out
+
+
+def test_demo_fails_when_nothing_is_freed(tmp_path, capsys):
+    # Width 64 and 8 tokens: every allocation is under the smallest size that is worth a copy.
+    sizes = ["--hidden", "64", "--seq", "8", "--batch", "1", "--steps", "3"]
+    assert main(["demo", "--quick", "--device", "cpu", *sizes, "--out", str(tmp_path)]) == 1
+    assert "nothing was freed: the offloader moved no bytes" in capsys.readouterr().out
