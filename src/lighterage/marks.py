@@ -6,6 +6,7 @@ import enum
 from collections.abc import Iterator
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.multiprocessing.reductions import StorageWeakRef
 
 
@@ -17,7 +18,7 @@ class Mark(enum.Enum):
 
 
 class _Marks:
-    """Marks by storage. A weak reference stands beside each id: while it is held the id is not given to a new storage."""
+    """Marks by storage id. The weak reference beside each keeps its id from being given to a new storage."""
 
     def __init__(self) -> None:
         self._by_storage: dict[int, tuple[StorageWeakRef, Mark]] = {}
@@ -68,7 +69,7 @@ def _put(function: str, tensors: tuple[torch.Tensor, ...], mark: Mark) -> None:
             _MARKS.put(storage, mark)
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def mark_not_offload(*tensors: torch.Tensor) -> None:
     """Keep on the device every allocation that one of `tensors` lives in.
 
@@ -83,7 +84,7 @@ def mark_not_offload(*tensors: torch.Tensor) -> None:
     _put("mark_not_offload", tensors, Mark.NOT_OFFLOAD)
 
 
-@torch._disable_dynamo
+@_disable_dynamo
 def mark_offload(*tensors: torch.Tensor) -> None:
     """Ask for every allocation that one of `tensors` lives in to be moved.
 

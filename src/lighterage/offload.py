@@ -12,9 +12,7 @@ from .engine.offloader import Offloader
 from .engine.policy import Policy
 
 
-def offload(
-    modules: nn.Module | Iterable[nn.Module], policy: Policy | None = None, **shorthands: Any  # noqa: ANN401
-) -> Offloader:
+def offload(modules: nn.Module | Iterable[nn.Module], policy: Policy | None = None, **shorthands: Any) -> Offloader:
     """Move what `modules` save for backward off the device during forward, and back for backward.
 
     Gradients and losses are bitwise those of the same program without it.

@@ -211,12 +211,11 @@ class CpuTransport:
         fences: list[Fence] = []
         for batch in batches:
             work = [(resting.room, data) for resting, data in batch]  # type: ignore[attr-defined]
-            store = self._store
 
             def come_back(work: list[tuple[Room, torch.Tensor]] = work) -> None:
                 while work:
                     room, data = work.pop()
-                    store.read(room, data)
+                    self._store.read(room, data)
 
             fences.append(self._in.submit(come_back, [resting.left for resting, _ in batch]))
         return fences

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
+from ..errors import OffloadError
 from .arena import Arena, Block
 from .cpu import WorkerFence, WorkerLane
 from .disk import DiskStore, Extent
@@ -32,14 +33,14 @@ class CudaPinner:
         Raises:
             OSError: the driver refused; the message holds its reason.
         """
-        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        cudart = torch.cuda.cudart()
         code = int(cudart.cudaHostRegister(address, nbytes, 1))
         if code:
             raise OSError(f"cudaHostRegister of {nbytes} bytes failed with error {code}")
 
     def unpin(self, address: int) -> None:
         """Undo `pin` for the registration that begins at `address`."""
-        torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
+        torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _DeviceWait:
@@ -207,14 +208,14 @@ class _Accelerator:
         return torch.empty(nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
 
     def share(self, storage: torch.UntypedStorage) -> None:
-        byte_view(storage, 0, storage.nbytes()).record_stream(self._streams.current())  # type: ignore[arg-type]
+        byte_view(storage, 0, storage.nbytes()).record_stream(self._streams.current())
 
     def _claim(self, data: torch.Tensor, lane: torch.Stream, current: torch.Stream) -> None:
         # With several streams in play, the one that allocated a tensor is not known: let the allocator keep the memory
         # until both have passed (see Note [Block lifetime across lanes]).
         if len(self._keys) > 1:
-            data.record_stream(lane)  # type: ignore[arg-type]
-            data.record_stream(current)  # type: ignore[arg-type]
+            data.record_stream(lane)
+            data.record_stream(current)
 
     def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
         self._buried.append((storage, fence))
@@ -235,9 +236,7 @@ class _Accelerator:
 class HostTransport(_Accelerator):
     """Device memory to pinned host memory and back."""
 
-    def __init__(
-        self, device: torch.device, arena: Arena, before_copies: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, arena: Arena, before_copies: Callable[[], None] | None = None) -> None:
         super().__init__(device, before_copies)
         self._arena = arena
 
@@ -401,7 +400,7 @@ class DiskTransport(_Accelerator):
                 resting.written.wait()  # type: ignore[attr-defined]
                 block = self._passage.acquire(resting.nbytes)
                 if block is None:
-                    raise self._store.error(f"no pinned memory to read through: {self._passage.refusal}")
+                    raise OffloadError(f"no pinned memory to read through: {self._passage.refusal}")
                 for earlier in block.fences:
                     earlier.wait()
                 at = 0

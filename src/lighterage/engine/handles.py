@@ -30,9 +30,7 @@ class Kept:
     def unpack(self) -> torch.Tensor:
         tensor = self._tensor
         if tensor._version != self._version:
-            raise changed_in_place(
-                type_name(tensor), tensor.shape, self._version, tensor._version, self._section.name
-            )
+            raise changed_in_place(type_name(tensor), tensor.shape, self._version, tensor._version, self._section.name)
         if not self._section.visited:
             self._section.visit()
         return tensor
@@ -81,7 +79,7 @@ class Offloaded:
         section = self._section
         if not section.visited:
             section.visit()
-        return section.owner.load(self._allocation, self._spec, section)
+        return section.owner.load(self._allocation, self._spec)
 
 
 class OffloadedWrapper:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._compile import _disable_dynamo
 
 # Note [Why the class is swapped]
 # PyTorch's forward hooks with always_call run on Exception alone: a KeyboardInterrupt would leave saved-tensor hooks
@@ -47,7 +48,7 @@ class Attachment:
     def covers(self, module: nn.Module) -> bool:
         return self._scope is not None and (module is self._module() or getattr(module, "_is_replica", False))
 
-    def run(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    def run(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._scope is not None
         return self._scope(call, module, args, kwargs)
 
@@ -63,13 +64,13 @@ class Attachment:
 
 
 def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not attachment.covers(self):
             return base.__call__(self, *args, **kwargs)
         return attachment.run(base.__call__, self, args, kwargs)
 
-    def reduce_ex(self: nn.Module, protocol: int) -> Any:  # noqa: ANN401
-        reduced = base.__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+        reduced = base.__reduce_ex__(self, protocol)
         if not isinstance(reduced, tuple):
             return reduced
         rebuild_args = tuple(base if arg is type(self) else arg for arg in reduced[1])
@@ -82,7 +83,7 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "__call__": torch._disable_dynamo(call, recursive=False),
+            "__call__": _disable_dynamo(call, recursive=False),
             "__reduce_ex__": reduce_ex,
             "_lighterage_attachment": attachment,
         },

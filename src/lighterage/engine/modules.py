@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .wrappers import is_wrapper, parts_of
 
 
 class SectionModules:
@@ -22,7 +23,7 @@ class SectionModules:
     """
 
     def __init__(self, modules: nn.Module | Iterable[nn.Module]) -> None:
-        self.root: nn.Module | None = None
+        whole: nn.Module | None = None
         self.root_name = ""
         self.chosen_from: str
         """For the report: where the sections were found."""
@@ -33,7 +34,7 @@ class SectionModules:
             members = _numbered(modules)
             self.chosen_from = f"the members of the {type(modules).__name__} that was given"
         elif isinstance(modules, nn.Module):
-            members = self._search(modules)
+            members, whole = self._search(modules)
         else:
             members = _numbered(_modules_of(modules))
             self.chosen_from = "the modules that were given"
@@ -43,21 +44,24 @@ class SectionModules:
                 "or an iterable of its layers in forward order."
             )
         last = {id(module): position for position, (_, module) in enumerate(members)}
-        self.sections = [(name, module) for position, (name, module) in enumerate(members) if last[id(module)] == position]
+        self.sections = [
+            (name, module) for position, (name, module) in enumerate(members) if last[id(module)] == position
+        ]
+        self.root = whole
         self._names = frozenset(name for name, _ in self.sections)
-        self.all_modules = [self.root] if self.root is not None else [module for _, module in self.sections]
+        self.all_modules = [module for _, module in self.sections] if whole is None else [whole]
 
-    def _search(self, root: nn.Module) -> list[tuple[str, nn.Module]]:
+    def _search(self, root: nn.Module) -> tuple[list[tuple[str, nn.Module]], nn.Module | None]:
         best: tuple[str, nn.ModuleList | nn.Sequential] | None = None
         for name, module in root.named_modules():
             if isinstance(module, nn.ModuleList | nn.Sequential) and (best is None or len(module) > len(best[1])):
                 best = (name, module)
         if best is None or len(best[1]) == 0:
             self.chosen_from = f"the {type(root).__name__} itself, which holds no ModuleList or Sequential"
-            return [(type(root).__name__, root)]
-        self.root, self.root_name = root, type(root).__name__
+            return [(type(root).__name__, root)], None
+        self.root_name = type(root).__name__
         self.chosen_from = f"{best[0]!r} of the {type(root).__name__}, its longest {type(best[1]).__name__}"
-        return [(f"{best[0]}.{index}", member) for index, member in enumerate(best[1])]
+        return [(f"{best[0]}.{index}", member) for index, member in enumerate(best[1])], root
 
     def has(self, name: str) -> bool:
         """Whether `name` is that of a module, rather than of a section named in code."""
@@ -72,7 +76,9 @@ def _modules_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
         raise TypeError(f"offload takes an nn.Module or an iterable of them; got {modules!r}. {hint}") from None
     for position, member in enumerate(members):
         if not isinstance(member, nn.Module):
-            raise TypeError(f"item {position} of what offload was given is a {type(member).__name__}, no nn.Module. {hint}")
+            raise TypeError(
+                f"item {position} of what offload was given is a {type(member).__name__}, no nn.Module. {hint}"
+            )
     return members
 
 
@@ -126,11 +132,9 @@ class Residents:
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    if is_traceable_wrapper_subclass(tensor):
-        names, _ = tensor.__tensor_flatten__()
-        for name in names:
-            inner = getattr(tensor, name)
-            if isinstance(inner, torch.Tensor):
-                yield from _plain(inner)
+    if is_wrapper(tensor):
+        for part, _ in parts_of(tensor)[1].values():
+            if isinstance(part, torch.Tensor):
+                yield from _plain(part)
     elif tensor.layout is torch.strided and tensor.device.type != "meta" and not nn.parameter.is_lazy(tensor):
         yield tensor

@@ -135,9 +135,12 @@ def _lines(report: Report) -> list[str]:
         lines += [f"  {count:>6} x {name}: {reason}" for name, reason, count in report.stood_aside]
         if any("checkpoint" in reason for _, reason, _ in report.stood_aside):
             lines.append("  (inputs of checkpointed layers are offloaded if the whole model is given to offload)")
-    lines += ["", f"at rest now {format_bytes(stats.host_bytes_in_use)}, of it on disk "
-              f"{format_bytes(stats.disk_bytes_in_use)}; at most {format_bytes(stats.host_bytes_peak)}; host memory held "
-              f"{format_bytes(stats.host_bytes_reserved)}"]
+    lines += [
+        "",
+        f"at rest now {format_bytes(stats.host_bytes_in_use)}, of it on disk "
+        f"{format_bytes(stats.disk_bytes_in_use)}; at most {format_bytes(stats.host_bytes_peak)}; host memory held "
+        f"{format_bytes(stats.host_bytes_reserved)}",
+    ]
     lines.append(
         f"next section foreseen {report.prefetch_hits} times, missed {report.prefetch_misses} times; "
         f"{stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all"
@@ -180,6 +183,9 @@ def _total_cells(report: Report) -> tuple[str, ...]:
 
 def _table(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     rule = "-" * len(lines[0])
     return [lines[0], rule, *lines[1:-1], rule, lines[-1]]

@@ -22,6 +22,7 @@ class Section:
     __slots__ = (
         "__weakref__",
         "allocations",
+        "ended_at",
         "gap",
         "index",
         "keep_reason",
@@ -29,7 +30,6 @@ class Section:
         "open",
         "owner",
         "row",
-        "tick",
         "undecided",
         "visited",
     )
@@ -45,7 +45,8 @@ class Section:
         self.visited = False
         self.index: int | None = None
         """Its place among the sections of this step that saved something."""
-        self.tick = 0
+        self.ended_at = 0
+        """How many sections had passed when its forward ended."""
         self.row = Row(name, gap)
         self.allocations: dict[int, weakref.ref[Allocation]] = {}
         self.undecided: list[weakref.ref[Allocation]] = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -38,13 +38,13 @@ def describe(tensor: torch.Tensor) -> ViewSpec:
         hi = lo
     else:
         hi = lo + (1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))) * itemsize
-    return ViewSpec(tensor.dtype, size, stride, lo, hi, tensor.is_conj(), tensor.is_neg())
+    return ViewSpec(tensor.dtype, size, stride, int(lo), int(hi), tensor.is_conj(), tensor.is_neg())
 
 
 def rebuild(spec: ViewSpec, storage: torch.UntypedStorage, shift: int) -> torch.Tensor:
     """The tensor that `spec` describes, over `storage`, in which byte 0 of the allocation lies at byte `shift`."""
     tensor = torch.empty(0, dtype=spec.dtype, device=storage.device)
-    tensor.set_(storage, (spec.lo + shift) // tensor.itemsize, spec.size, spec.stride)  # type: ignore[call-overload]
+    tensor.set_(storage, (spec.lo + shift) // tensor.itemsize, spec.size, spec.stride)
     if spec.conj:
         tensor = torch._conj(tensor)
     return torch._neg_view(tensor) if spec.neg else tensor
@@ -53,7 +53,7 @@ def rebuild(spec: ViewSpec, storage: torch.UntypedStorage, shift: int) -> torch.
 def byte_view(storage: torch.UntypedStorage, lo: int, hi: int) -> torch.Tensor:
     """Bytes [lo, hi) of `storage` as a uint8 tensor of shape (hi - lo,)."""
     view = torch.empty(0, dtype=torch.uint8, device=storage.device)
-    view.set_(storage, lo, (hi - lo,), (1,))  # type: ignore[call-overload]
+    view.set_(storage, lo, (hi - lo,), (1,))
     return view
 
 
@@ -65,7 +65,7 @@ class InPlaceWatch:
 
     __slots__ = ("_alias", "version")
 
-    _EMPTY: dict[tuple[torch.dtype, torch.device], torch.Tensor] = {}
+    _EMPTY: ClassVar[dict[tuple[torch.dtype, torch.device], torch.Tensor]] = {}
 
     def __init__(self, tensor: torch.Tensor) -> None:
         alias = tensor.detach()
@@ -82,7 +82,7 @@ class InPlaceWatch:
     def of_wrapper(cls, tensor: torch.Tensor) -> InPlaceWatch:
         """The watch of a wrapper subclass: the outer counter is the one that PyTorch checks."""
         watch = cls.__new__(cls)
-        with torch._C._DisableTorchDispatch():  # type: ignore[attr-defined]
+        with torch._C._DisableTorchDispatch():
             watch._alias = tensor.detach()
         watch.version = tensor._version
         return watch

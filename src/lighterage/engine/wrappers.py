@@ -13,7 +13,7 @@ def is_wrapper(tensor: torch.Tensor) -> bool:
     return is_traceable_wrapper_subclass(tensor)
 
 
-def parts_of(tensor: Any) -> tuple[object, dict[str, tuple[Any, bool]]]:  # noqa: ANN401
+def parts_of(tensor: Any) -> tuple[object, dict[str, tuple[Any, bool]]]:
     """The context of `__tensor_flatten__`, and by name each part with whether it may be moved.
 
     A part need not be a tensor (DTensor names its mesh). Of a jagged tensor only the values move: fresh offsets would

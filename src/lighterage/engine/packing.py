@@ -1,0 +1,165 @@
+"""Decides what becomes of each saved tensor, and makes its handle."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..marks import Mark, mark_of
+from .allocation import Allocation, SavedAt
+from .handles import Handle, Kept, KeptWrapper, Offloaded, OffloadedWrapper
+from .lanes import Transport
+from .ledger import Ledger
+from .modules import Residents
+from .policy import Policy
+from .sections import Section
+from .stores import Stores
+from .traffic import Traffic
+from .views import InPlaceWatch, describe
+from .wrappers import is_wrapper, parts_of, wait_for
+
+
+class Packer:
+    """The pack hook of an offloader's sections."""
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        policy: Policy,
+        ledger: Ledger,
+        residents: Residents,
+        stores: Stores,
+        traffic: Traffic,
+        begin: Callable[[Section], None],
+    ) -> None:
+        self._lock = lock
+        self._min_bytes = max(1, policy.min_bytes)
+        self._ledger = ledger
+        self._residents = residents
+        self._stores = stores
+        self._traffic = traffic
+        self._begin = begin
+        self._allocations: dict[int, weakref.ref[Allocation]] = {}
+        self.transports: dict[torch.device, Transport | None] = {}
+
+    def pack(self, tensor: torch.Tensor, section: Section) -> Handle:
+        """A handle for one saved tensor. Called for every save of a section, in the thread that saves."""
+        row = section.row
+        if section.index is None:
+            self._begin(section)
+        row.saves += 1
+        if type(tensor) is not torch.Tensor:
+            return self._pack_special(tensor, section)
+        row.saved_bytes += tensor.nbytes
+        return self._pack_plain(tensor, section) or Kept(tensor, section)
+
+    def _pack_plain(self, tensor: torch.Tensor, section: Section) -> Offloaded | None:
+        """An `Offloaded` handle, or None: keep the tensor as it is."""
+        if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return None
+        if tensor.is_nested or tensor.is_quantized:
+            return None
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        transport = self.transports.get(tensor.device) or self._open_transport(tensor.device)
+        mark = mark_of(key)
+        reason = self._why_kept(tensor, section, storage, transport, mark)
+        spec = describe(tensor)
+        with self._lock:
+            known = self._allocations.get(key)
+            allocation = None if known is None else known()
+            if allocation is not None and (allocation.version != tensor._version or not allocation.unchanged):
+                allocation = None
+            if allocation is not None:
+                if reason is not None:
+                    allocation.keep(reason, storage)
+                else:
+                    reason = allocation.kept
+            if reason is not None or transport is None:
+                self._ledger.step.note_kept(section.row, key, spec.lo, spec.hi, reason or "on another device")
+                return None
+            watch = InPlaceWatch(tensor)
+            if allocation is None or not allocation.takes(spec.lo, spec.hi):
+                label = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+                allocation = Allocation(transport, storage, watch, section.row, label)
+                self._allocations[key] = weakref.ref(allocation)
+            allocation.saved_at.append(SavedAt(section.name, section.row.saves, tensor.nbytes))
+            section.allocations.setdefault(id(allocation), weakref.ref(allocation))
+            fresh = allocation.add(storage, spec.lo, spec.hi)
+            if fresh:
+                section.row.unique_bytes += fresh
+                self._traffic.gather(allocation, section, fresh, mark)
+        return Offloaded(allocation, spec, watch, section)
+
+    def _why_kept(
+        self,
+        tensor: torch.Tensor,
+        section: Section,
+        storage: torch.UntypedStorage,
+        transport: Transport | None,
+        mark: Mark | None,
+    ) -> str | None:
+        """Why the tensor stays where it is, or None."""
+        base = tensor._base
+        if base is not None and type(base) is not torch.Tensor and isinstance(base, nn.Parameter):
+            return "parameter"
+        if storage.nbytes() < self._min_bytes:
+            return "under min_bytes"
+        if transport is None or (self._residents.on_accelerator and tensor.device.type == "cpu"):
+            return "on another device"
+        resident = self._residents.reason(storage._cdata, tensor if base is None else base)
+        if resident is not None:
+            return resident
+        if mark is Mark.NOT_OFFLOAD:
+            return "mark_not_offload"
+        if section.keep_reason is not None:
+            return section.keep_reason
+        if not section.open:
+            return "saved after its section had ended"
+        if (section.name, section.row.saves, tensor.nbytes) in self._traffic.still_alive:
+            return "held by somebody else when it was moved in an earlier step"
+        return None
+
+    def _pack_special(self, tensor: torch.Tensor, section: Section) -> Handle:
+        """A tensor of a class of its own: a parameter, a wrapper subclass, a fake tensor."""
+        if not is_wrapper(tensor):
+            waited = wait_for(tensor)
+            if waited is not tensor:
+                return self.pack(waited, section)
+            if isinstance(tensor, nn.Parameter | nn.Buffer) and tensor.layout is torch.strided:
+                section.row.saved_bytes += tensor.nbytes
+                reason = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+                spec, key = describe(tensor), tensor.untyped_storage()._cdata
+                self._ledger.step.note_kept(section.row, key, spec.lo, spec.hi, reason)
+            return Kept(tensor, section)
+        if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
+            return KeptWrapper(tensor, section)
+        context, parts = parts_of(tensor)
+        inner: dict[str, Offloaded | OffloadedWrapper | torch.Tensor] = {}
+        moved = False
+        for name, (part, movable) in parts.items():
+            handle = self._pack_part(part, section) if movable else None
+            inner[name] = part if handle is None else handle
+            moved = moved or handle is not None
+        return OffloadedWrapper(tensor, context, inner, section) if moved else KeptWrapper(tensor, section)
+
+    def _pack_part(self, part: torch.Tensor, section: Section) -> Offloaded | OffloadedWrapper | None:
+        if type(part) is torch.Tensor:
+            section.row.saved_bytes += part.nbytes
+            return self._pack_plain(part, section)
+        handle = self._pack_special(part, section)
+        return handle if isinstance(handle, Offloaded | OffloadedWrapper) else None
+
+    def _open_transport(self, device: torch.device) -> Transport | None:
+        with self._lock:
+            if device not in self.transports:
+                self.transports[device] = self._stores.open(device)
+            return self.transports[device]
+
+    def forget_dead(self) -> None:
+        """Drop the entries of allocations that are gone."""
+        self._allocations = {key: ref for key, ref in self._allocations.items() if ref() is not None}

@@ -1,0 +1,73 @@
+"""The pack hooks that scopes push, and when a scope has to stand aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol, cast
+
+import torch
+
+from .handles import Handle
+from .sections import Section
+
+Pack = Callable[[torch.Tensor, Section], Handle]
+
+
+class Recorder:
+    """The pack hook of one section."""
+
+    __slots__ = ("_pack", "_section")
+
+    def __init__(self, pack: Pack, section: Section) -> None:
+        self._pack = pack
+        self._section = section
+
+    def __call__(self, tensor: torch.Tensor) -> Handle:
+        return self._pack(tensor, self._section)
+
+
+class _Gaps(Protocol):
+    def open_gap(self, position: int) -> Section: ...
+
+    def close_section(self, section: Section) -> None: ...
+
+
+class BetweenSections:
+    """The pack hook of a module's forward around its sections: each stretch between two of them is a section too."""
+
+    __slots__ = ("_gaps", "_pack", "_position", "_section")
+
+    def __init__(self, pack: Pack, gaps: _Gaps) -> None:
+        self._pack = pack
+        self._gaps = gaps
+        self._position = -1
+        self._section: Section | None = None
+
+    def __call__(self, tensor: torch.Tensor) -> Handle:
+        if self._section is None:
+            self._section = self._gaps.open_gap(self._position)
+        return self._pack(tensor, self._section)
+
+    def end_stretch(self, position: int | None = None) -> None:
+        """A section begins here, the one at `position`; None: one that is not in the list, or the forward ends."""
+        section, self._section = self._section, None
+        if position is not None:
+            self._position = position
+        if section is not None:
+            self._gaps.close_section(section)
+
+
+def why_stand_aside() -> str | None:
+    """Why saved-tensor hooks must not be pushed here, by this thread, now; or None."""
+    if torch._C._current_graph_task_id() != -1:
+        return "inside a running backward"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a torch.func transform"
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        return "saved-tensor hooks are disabled"
+    # The stub leaves the None out that stands for an empty stack.
+    top = cast(tuple[object, object] | None, torch._C._autograd._top_saved_tensors_default_hooks(True))
+    if top is None or isinstance(top[0], Recorder | BetweenSections):
+        return None
+    module = getattr(top[0], "__module__", type(top[0]).__module__)
+    return "inside torch.utils.checkpoint" if module == "torch.utils.checkpoint" else f"under hooks of {module}"

@@ -1,0 +1,206 @@
+"""Starts copies out, lets go of device memory, and brings bytes back, when it is told to."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+
+from ..errors import OffloadError
+from ..marks import Mark, mark_of
+from .allocation import Allocation, Stage
+from .lanes import Transport
+from .ledger import Ledger
+from .sections import Section
+from .views import ViewSpec
+
+# Copies start when so much has been gathered and another allocation is saved: one pair of events serves them all.
+GATHER_BYTES = 4 << 20
+
+
+class StillAlive:
+    """Saves whose memory was found to be held by somebody else after it was let go of: moving it frees nothing."""
+
+    def __init__(self) -> None:
+        self._saves: dict[str, set[tuple[int, int]]] = {}
+
+    def add(self, allocation: Allocation) -> None:
+        for saved in allocation.saved_at:
+            self._saves.setdefault(saved.section, set()).add((saved.ordinal, saved.nbytes))
+
+    def __contains__(self, save: tuple[str, int, int]) -> bool:
+        section, ordinal, nbytes = save
+        saves = self._saves.get(section)
+        return saves is not None and (ordinal, nbytes) in saves
+
+
+class Traffic:
+    """The copies of an offloader. All methods but `load` are called with `lock` held."""
+
+    def __init__(self, lock: threading.RLock, ledger: Ledger, *, only_marked: bool) -> None:
+        self._lock = lock
+        self._ledger = ledger
+        self._only_marked = only_marked
+        self._gathered: list[Allocation] = []
+        self._gathered_bytes = 0
+        self._gathered_on: tuple[int, Transport] | None = None
+        self.still_alive = StillAlive()
+
+    # --- out ------------------------------------------------------------------------------------------------------
+
+    def gather(self, allocation: Allocation, section: Section, fresh: int, mark: Mark | None) -> None:
+        """Queue `fresh` more bytes of an allocation for copying; what was gathered before them may start."""
+        if self._only_marked and mark is not Mark.OFFLOAD:
+            section.undecided.append(weakref.ref(allocation))
+            return
+        on = (allocation.transport.stream_key(), allocation.transport)
+        if self._gathered_on is not None and self._gathered_on != on:
+            self.flush()
+        if self._gathered and self._gathered[-1] is allocation:
+            self._gathered_bytes += fresh
+            return
+        if self._gathered_bytes >= GATHER_BYTES:
+            self.flush()
+        self._gathered_on = on
+        self._gathered.append(allocation)
+        self._gathered_bytes += fresh
+
+    def flush(self) -> None:
+        """Start copying what was gathered."""
+        gathered, on = self._gathered, self._gathered_on
+        self.forget()
+        if on is not None:
+            self._evict(gathered, on[1])
+
+    def forget(self, section: Section | None = None) -> None:
+        """Do not copy what was gathered (of `section`, where one is given): it stays as it is."""
+        mine = None if section is None else section.allocations
+        self._gathered = [] if mine is None else [a for a in self._gathered if id(a) not in mine]
+        if not self._gathered:
+            self._gathered_bytes = 0
+            self._gathered_on = None
+
+    def decide(self, section: Section) -> None:
+        """Copy what `section` saved and what has been marked `mark_offload` since."""
+        undecided, section.undecided = section.undecided, []
+        for ref in undecided:
+            allocation = ref()
+            if allocation is None or not allocation.pending:
+                continue
+            if mark_of(allocation.key) is Mark.OFFLOAD:
+                self._evict([allocation], allocation.transport)
+            else:
+                section.undecided.append(ref)
+
+    def _evict(self, allocations: Sequence[Allocation], transport: Transport) -> None:
+        chosen: list[Allocation] = []
+        for allocation in allocations:
+            if not allocation.pending or allocation.kept is not None:
+                continue
+            if mark_of(allocation.key) is Mark.NOT_OFFLOAD:
+                self._stays(allocation, "mark_not_offload")
+            elif not allocation.unchanged:
+                self._stays(allocation, "changed in place after it was saved")
+            else:
+                chosen.append(allocation)
+        if not chosen:
+            return
+        batches = [allocation.sources() for allocation in chosen]
+        with torch._C._DisableTorchDispatch():
+            resting = iter(transport.evict([source for batch in batches for source in batch]))
+        for allocation, batch in zip(chosen, batches, strict=True):
+            rests = [next(resting) for _ in batch]
+            placed = [rest for rest in rests if rest is not None]
+            if len(placed) < len(batch):
+                for rest in placed:
+                    rest.retire()
+                reason = transport.refusal or "no room at rest"
+                self._ledger.refusals[reason] += 1
+                self._stays(allocation, reason)
+                continue
+            allocation.copied(batch, placed)
+            allocation.row.bytes_out += sum(hi - lo for _, lo, hi in batch)
+            allocation.row.copies_out += len(batch)
+
+    def _stays(self, allocation: Allocation, reason: str) -> None:
+        allocation.keep(reason)
+        kept = allocation.row.kept
+        kept[reason] = kept.get(reason, 0) + sum(hi - lo for lo, hi in allocation.covered)
+
+    # --- release --------------------------------------------------------------------------------------------------
+
+    def release(self, section: Section) -> None:
+        """Let go of the device memory of what `section` saved, ordered after its copies.
+
+        Raises:
+            OffloadError: copies failed; their allocations stay on the device.
+        """
+        self.decide(section)
+        for ref in section.undecided:
+            undecided = ref()
+            if undecided is not None and undecided.pending:
+                self._stays(undecided, "not marked")
+        section.undecided = []
+        ordered: set[int] = set()
+        failure: OffloadError | None = None
+        for allocation in section.live_allocations():
+            leaving = allocation.leaving
+            if leaving is None:
+                continue
+            if mark_of(allocation.key) is Mark.NOT_OFFLOAD:
+                self._stays(allocation, "mark_not_offload")
+                continue
+            if id(leaving) not in ordered:
+                try:
+                    leaving.order()
+                except OffloadError as error:
+                    self._stays(allocation, "the transfer failed")
+                    failure = failure or OffloadError(
+                        f"{allocation.label} of section {section.name!r} could not be moved and stays on the device: "
+                        f"{error}"
+                    )
+                    continue
+                ordered.add(id(leaving))
+            allocation.let_go()
+        if failure is not None:
+            raise failure
+
+    # --- back -----------------------------------------------------------------------------------------------------
+
+    def reload(self, section: Section) -> None:
+        """Start bringing back what `section` saved, what it saved last first."""
+        self._bring_back([a for a in section.live_allocations() if a.stage is Stage.AWAY][::-1])
+
+    def _bring_back(self, away: list[Allocation]) -> None:
+        groups: dict[int, list[Allocation]] = {}
+        for allocation in away:
+            groups.setdefault(id(allocation.transport), []).append(allocation)
+        for group in groups.values():
+            batches = []
+            # Backward may run with grad mode on (create_graph) and by hand under inference mode.
+            with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
+                for allocation in group:
+                    if allocation.still_alive:
+                        allocation.row.alive.append((allocation.label, allocation.nbytes))
+                        self.still_alive.add(allocation)
+                    batches.append(allocation.room())
+                fences = group[0].transport.restore(batches)
+            for allocation, batch, fence in zip(group, batches, fences, strict=True):
+                allocation.returning(fence)
+                allocation.row.bytes_in += sum(resting.nbytes for resting, _ in batch)
+                allocation.row.copies_in += len(batch)
+
+    def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
+        """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
+        with self._lock:
+            if allocation.stage is Stage.AWAY:
+                self._bring_back([allocation])
+            elif allocation.stage is Stage.HELD:
+                allocation.wanted = True
+        tensor, wait = allocation.use(spec)
+        if wait is not None:
+            with self._lock:
+                self._ledger.step.note_wait(allocation.row, wait)
+        return tensor
