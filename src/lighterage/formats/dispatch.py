@@ -14,16 +14,53 @@ import torch
 from torch.utils._pytree import tree_map
 
 from lighterage.formats.quantized_tensor import (
+    T,
     as_quantized,
     construct,
+    deepcopy,
+    describe,
+    flatten,
     inner_of,
     is_quantized,
     map_inner,
     options_of,
+    reduce,
+    unflatten,
 )
 
 Handler = Callable[[tuple[object, ...], Mapping[str, object]], object]
 aten = torch.ops.aten
+
+
+def answers_torch(cls: type[T]) -> type[T]:
+    """Give the wrapper subclass `cls` all that PyTorch, pickle and copy call, for a class decorator."""
+
+    def torch_dispatch(
+        _: type[T],
+        func: torch._ops.OpOverload,
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        return dispatch(func, args, kwargs or {})
+
+    def tensor_unflatten(
+        inner: Mapping[str, torch.Tensor], context: Mapping[str, object], shape: Sequence[int], stride: object
+    ) -> T:
+        return unflatten(cls, inner, context, shape)
+
+    methods = {
+        "__torch_function__": torch._C._disabled_torch_function_impl,
+        "__torch_dispatch__": classmethod(torch_dispatch),
+        "__tensor_flatten__": flatten,
+        "__tensor_unflatten__": staticmethod(tensor_unflatten),
+        "__reduce_ex__": lambda tensor, protocol: reduce(tensor),
+        "__deepcopy__": deepcopy,
+        "__repr__": lambda tensor, *, tensor_contents=None: describe(tensor),
+    }
+    for name, method in methods.items():
+        setattr(cls, name, method)
+    return cls
 
 
 def dispatch(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:

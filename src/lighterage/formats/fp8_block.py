@@ -6,14 +6,14 @@ rows reads.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self, final
 
 import torch
 
 from lighterage.formats import bulk, quantized_tensor
-from lighterage.formats.dispatch import dispatch
+from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
 from lighterage.kernels.reference import fp8_block as reference
@@ -21,6 +21,7 @@ from lighterage.kernels.reference.casts import fp8_max
 
 
 @final
+@answers_torch
 class Float8BlockTensor(torch.Tensor):
     """A tensor (*leading, K), quantized to FP8 with block scales; M counts the rows of its leading dimensions.
 
@@ -114,35 +115,6 @@ class Float8BlockTensor(torch.Tensor):
         """
         quantized_tensor.restore_from_saved(self, tensors)
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        block = "128x128" if self.block_scaling_dim == 2 else "1x128"
-        return quantized_tensor.describe(self, f"format=fp8_block {block} {self.fp8_dtype}")
-
-    # What PyTorch calls.
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
-    @classmethod
-    def __torch_dispatch__(
-        cls, func: torch._ops.OpOverload, types: object, args: tuple[object, ...] = (), kwargs: object = None
-    ) -> object:
-        return dispatch(func, args, kwargs)
-
-    def __tensor_flatten__(self) -> tuple[list[str], dict[str, object]]:
-        return quantized_tensor.flatten(self)
-
-    @staticmethod
-    def __tensor_unflatten__(
-        inner: Mapping[str, torch.Tensor], context: Mapping[str, object], shape: Sequence[int], stride: object
-    ) -> Float8BlockTensor:
-        return quantized_tensor.unflatten(Float8BlockTensor, inner, context, shape)
-
-    def __reduce_ex__(self, protocol: object) -> tuple[object, ...]:
-        return quantized_tensor.reduce(self)
-
-    def __deepcopy__(self, memo: dict[int, object]) -> Self:
-        return quantized_tensor.deepcopy(self, memo)
-
 
 @final
 @dataclass(kw_only=True, eq=False)
@@ -206,7 +178,7 @@ class Float8BlockQuantizer:
     def check(self, x: torch.Tensor) -> None:
         """Any input of the dtypes that every format takes will do."""
 
-    def reference(self, x_MK: torch.Tensor, columnwise: bool, seed: int | None) -> tuple[torch.Tensor, ...]:
+    def reference(self, x_MK: torch.Tensor, columnwise: bool, bits: bulk.RoundingBits) -> tuple[torch.Tensor, ...]:
         quantize = reference.quantize_2d if self.block_2d else reference.quantize_1d
         return quantize(
             x_MK,

@@ -61,7 +61,7 @@ def construct(
     cls: type[T],
     shape: Sequence[int],
     dtype: torch.dtype,
-    device: torch.device | str,
+    device: torch.device,
     inner: Mapping[str, torch.Tensor | None],
     options: Mapping[str, object],
 ) -> T:
@@ -69,9 +69,7 @@ def construct(
 
     shape, dtype, device: those of the high-precision tensor that it stands for.
     """
-    tensor = cast(
-        T, torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device, requires_grad=False)
-    )
+    tensor = torch.Tensor._make_wrapper_subclass(cls, torch.Size(shape), dtype=dtype, device=device)
     for name in as_quantized(tensor).FIELDS:
         setattr(tensor, name, inner.get(name))
     for name in as_quantized(tensor).OPTIONS:
@@ -236,8 +234,25 @@ def unflatten(
 
 
 def reduce(tensor: torch.Tensor) -> tuple[object, ...]:
-    """What `__reduce_ex__` returns: pickle and torch.save carry the plain tensors."""
-    return unflatten, (type(tensor), inner_of(tensor), flatten(tensor)[1], tuple(tensor.shape))
+    """What `__reduce_ex__` returns: pickle and torch.save carry the plain tensors.
+
+    All of them travel as bytes: torch.save refuses tensors of different dtypes that share one storage.
+    """
+    inner = inner_of(tensor)
+    bytes_of = {name: value.view(torch.uint8) for name, value in inner.items()}
+    dtypes = {name: value.dtype for name, value in inner.items()}
+    return rebuild, (type(tensor), bytes_of, dtypes, flatten(tensor)[1], tuple(tensor.shape))
+
+
+def rebuild(
+    cls: type[T],
+    bytes_of: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    context: Mapping[str, object],
+    shape: Sequence[int],
+) -> T:
+    """The inverse of `reduce`; name it and the class to `torch.serialization.add_safe_globals` to load weights only."""
+    return unflatten(cls, {name: value.view(dtypes[name]) for name, value in bytes_of.items()}, context, shape)
 
 
 def deepcopy(tensor: T, memo: dict[int, object]) -> T:
@@ -247,8 +262,9 @@ def deepcopy(tensor: T, memo: dict[int, object]) -> T:
     return cast(T, memo[id(tensor)])
 
 
-def describe(tensor: torch.Tensor, what: str) -> str:
+def describe(tensor: torch.Tensor) -> str:
     """The text of `__repr__`."""
+    options = "".join(f", {name}={value}" for name, value in options_of(tensor).items())
     usages = "+".join(direction for direction in DIRECTIONS if has_usage(tensor, direction)) or "none"
-    name = type(tensor).__name__
-    return f"{name}(shape={tuple(tensor.shape)}, dtype={tensor.dtype}, {what}, usages={usages}, device={tensor.device})"
+    what = f"shape={tuple(tensor.shape)}, dtype={tensor.dtype}{options}, usages={usages}, device={tensor.device}"
+    return f"{type(tensor).__name__}({what})"

@@ -175,5 +175,15 @@ def dequantize(
     return values.t().to(out_dtype).contiguous() if columnwise else values.to(out_dtype)
 
 
+@torch.no_grad()
+def transpose_2d(data: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The other direction of a tensor quantized with 16x16 blocks: data (R, C/2) and its scale to (C, R/2) and its."""
+    codes = unpack(data)
+    num_rows, num_cols = codes.shape
+    block_scale = scale[:num_rows:BLOCK, : num_cols // BLOCK].t().repeat_interleave(BLOCK, 0)
+    padded = pad_to(block_scale, round_up(num_cols, _SCALE_OUTER), round_up(num_rows // BLOCK, _SCALE_INNER))
+    return pack(codes.t().contiguous()), padded
+
+
 _transform = hadamard  # `quantize` has parameters of these names
 _amax = amax
