@@ -1,0 +1,383 @@
+"""What is measured of the decoder, one function a case; each returns plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import lighterage
+from benchmarks.decoder_model import build, inputs
+from benchmarks.decoder_modes import Mode, NotInstalledError, make
+from benchmarks.shapes import HOST_BOUND, TINY, DecoderShape
+
+GIB = 1024**3
+MIB = 1024**2
+Row = dict[str, Any]
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed_step(mode: Mode, x: Tensor, probe: Tensor) -> tuple[float, float, int]:
+    """One step: its milliseconds on the device, its milliseconds on the wall, its peak bytes."""
+    cuda = x.is_cuda
+    synchronize(x.device)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(x.device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+    start = time.perf_counter()
+    mode.step(x, probe)
+    if cuda:
+        last.record()
+    synchronize(x.device)
+    wall_ms = (time.perf_counter() - start) * 1e3
+    if not cuda:
+        return wall_ms, wall_ms, 0
+    return first.elapsed_time(last), wall_ms, torch.cuda.max_memory_allocated(x.device)
+
+
+def spread(values: Sequence[float]) -> Row:
+    """Median, least and most of `values`."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values), "num": len(values)}
+
+
+def link_rates(device: torch.device, nbytes: int = 256 * MIB, rounds: int = 10) -> Row:
+    """GB/s (1e9 bytes) between pinned host memory and the device: out alone, in alone, both at once in total."""
+    if device.type != "cuda":
+        return {"out_gb_s": None, "in_gb_s": None, "both_gb_s": None}
+    here = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    there = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    lanes = [torch.cuda.Stream(device) for _ in range(2)]
+
+    def rate(out: bool, back: bool) -> float:
+        rates = []
+        for _ in range(rounds):
+            synchronize(device)
+            start = time.perf_counter()
+            # Four copies each way: enough that starting them does not count.
+            for _ in range(4):
+                if out:
+                    with torch.cuda.stream(lanes[0]):
+                        there[0].copy_(here[0], non_blocking=True)
+                if back:
+                    with torch.cuda.stream(lanes[1]):
+                        here[1].copy_(there[1], non_blocking=True)
+            synchronize(device)
+            rates.append(4 * nbytes * (out + back) / (time.perf_counter() - start) / 1e9)
+        return statistics.median(rates)
+
+    rate(True, True)
+    return {"out_gb_s": rate(True, False), "in_gb_s": rate(False, True), "both_gb_s": rate(True, True)}
+
+
+def side_by_side(
+    shape: DecoderShape, device: torch.device, names: Sequence[str], *, rounds: int, warm: int
+) -> list[Row]:
+    """Steps of every mode in turn, again and again, so that drift of the machine falls on all of them.
+
+    Each turn is one step that is not timed (it follows another mode's) and two that are.
+    """
+    model = build(shape, device)
+    x, probe = inputs(shape, device)
+    rows: list[Row] = []
+    running: list[tuple[Mode, Row]] = []
+    for name in names:
+        row: Row = {"mode": name, "device_ms": [], "wall_ms": [], "peak_bytes": 0}
+        rows.append(row)
+        try:
+            running.append((make(name, model), row))
+        except NotInstalledError as error:
+            row["skipped"] = str(error)
+    for turn in range(-warm, rounds):
+        for mode, row in list(running):
+            try:
+                steps = [timed_step(mode, x, probe) for _ in range(3)][1:]
+            except Exception as error:  # a peer that fails is a result, and must not stop the others
+                if mode.offloader is not None or mode.name == "none":
+                    raise
+                row["skipped"] = f"fails: {type(error).__name__}: {str(error)[:120]}"
+                running.remove((mode, row))
+                continue
+            model.zero_grad(set_to_none=True)
+            mode.model.zero_grad(set_to_none=True)
+            if turn >= 0:
+                row["device_ms"] += [step[0] for step in steps]
+                row["wall_ms"] += [step[1] for step in steps]
+                row["peak_bytes"] = max(row["peak_bytes"], *(step[2] for step in steps))
+    for mode, row in running:
+        row["device"] = spread(row["device_ms"])
+        row["wall"] = spread(row["wall_ms"])
+        if mode.offloader is not None:
+            stats = mode.offloader.stats()
+            row["stats"] = {name: getattr(stats, name) for name in stats.__dataclass_fields__}
+        mode.close()
+    return rows
+
+
+def same_bits(shape: DecoderShape, device: torch.device, names: Sequence[str]) -> list[Row]:
+    """Loss and every gradient of each policy against the same step without offload, under deterministic kernels."""
+    rows: list[Row] = []
+    was = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    filled, torch.utils.deterministic.fill_uninitialized_memory = (
+        torch.utils.deterministic.fill_uninitialized_memory,
+        False,
+    )
+    try:
+        model = build(shape, device)
+        x, probe = inputs(shape, device)
+        plain = make("none", model)
+        loss = plain.step(x, probe)
+        wanted = [parameter.grad.clone() for parameter in plain.model.parameters()]
+        again = plain.step(x, probe)
+        repeats = torch.equal(loss, again) and _equal_gradients(plain, wanted)
+        rows.append({"mode": "none, run twice", "equal": repeats, "num_gradients": len(wanted)})
+        for name in names:
+            with contextlib.closing(make(name, model)) as mode:
+                for _ in range(3):  # the first step learns the order of backward; the later ones prefetch by it
+                    equal = torch.equal(mode.step(x, probe), loss) and _equal_gradients(mode, wanted)
+                    if not equal:
+                        break
+                stats = mode.offloader.stats()
+            rows.append({"mode": name, "equal": equal, "num_gradients": len(wanted), "bytes_out": stats.bytes_out})
+    finally:
+        torch.use_deterministic_algorithms(was)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
+    return rows
+
+
+def _equal_gradients(mode: Mode, wanted: list[Tensor]) -> bool:
+    return all(
+        torch.equal(parameter.grad.view(torch.int16), gradient.view(torch.int16))
+        for parameter, gradient in zip(mode.model.parameters(), wanted, strict=True)
+    )
+
+
+def first_step_here(name: str, shape: DecoderShape, device: torch.device) -> Row:
+    """The first step of this process, with making the offloader, pinning and loading of kernels in it."""
+    model = build(shape, device)
+    x, probe = inputs(shape, device)
+    synchronize(device)
+    start = time.perf_counter()
+    try:
+        mode = make(name, model)
+        mode.step(x, probe)
+    except NotInstalledError as error:
+        return {"mode": name, "skipped": str(error)}
+    except Exception as error:  # a peer that fails is a result
+        return {"mode": name, "skipped": f"fails: {type(error).__name__}: {str(error)[:120]}"}
+    synchronize(device)
+    first_s = time.perf_counter() - start
+    for _ in range(2):
+        mode.step(x, probe)
+    synchronize(device)
+    row: Row = {"mode": name, "first_s": first_s}
+    if mode.offloader is not None:
+        stats = mode.offloader.stats()
+        row |= {"pinned_bytes": stats.host_bytes_reserved, "in_flight_bytes": stats.host_bytes_peak}
+    elif device.type == "cuda":
+        row["pinned_bytes"] = _pinned_by_torch()
+    return row
+
+
+def _pinned_by_torch() -> int | None:
+    # What its pinned allocator took from the driver, in use or not; absent from older versions.
+    read = getattr(torch.cuda, "host_memory_stats", None)
+    return None if read is None else read().get("allocated_bytes.current")
+
+
+def first_steps(names: Sequence[str], device: torch.device, *, tiny: bool, repeats: int) -> list[Row]:
+    """`first_step_here` of each mode, in a fresh process each time, the modes in turn."""
+    rows: dict[str, Row] = {}
+    for _ in range(repeats):
+        for name in names:
+            command = [sys.executable, "-m", "benchmarks.decoder", "--device", str(device), "--first-step", name]
+            done = subprocess.run(command + ["--tiny"] * tiny, capture_output=True, text=True, check=False, timeout=300)
+            if done.returncode:
+                rows[name] = {"mode": name, "skipped": f"fails: {done.stderr.strip().splitlines()[-1][:200]}"}
+                continue
+            row = json.loads(done.stdout.splitlines()[-1])
+            times = [*rows.get(name, {}).get("times_s", []), row.get("first_s")]
+            rows[name] = {**row, "times_s": times}
+    for row in rows.values():
+        if "skipped" not in row:
+            row["first_s"] = statistics.median(row["times_s"])
+    return list(rows.values())
+
+
+def host_time(device: torch.device, *, rounds: int) -> Row:
+    """Host time that offload adds to forward and backward, for a layer and for a save.
+
+    The model is so narrow that the device is always ahead of the host: the time from the first call of forward to the
+    return of backward, with no synchronisation inside, is then the host's own. Nothing is kept back for its size
+    in the one policy (`min_bytes=0`), everything in the other, so the two costs are seen apart.
+    """
+    shape = HOST_BOUND if device.type == "cuda" else TINY
+    model = build(shape, device)
+    x, probe = inputs(shape, device)
+    modes = {
+        "none": make("none", model),
+        "moved": make("keep_last=0,min_bytes=0", model),
+        "kept": make(f"keep_last=0,min_bytes={1 << 50}", model),
+    }
+    times: dict[str, list[float]] = {name: [] for name in modes}
+    for turn in range(-5, rounds):
+        for name, mode in modes.items():
+            mode.model.zero_grad(set_to_none=True)
+            synchronize(device)
+            gc.disable()  # a collection in one of the three would be taken for its cost
+            start = time.perf_counter()
+            loss = mode.model(x, probe)
+            loss.backward()
+            elapsed_us = (time.perf_counter() - start) * 1e6
+            gc.enable()
+            del loss
+            if turn >= 0:
+                times[name].append(elapsed_us)
+    num_saves = _count_saves(modes["none"], x, probe)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    bytes_out = modes["moved"].offloader.stats().bytes_out
+    for mode in modes.values():
+        mode.close()
+    return {
+        "shape": shape.name,
+        "num_layers": shape.layers,
+        "saves_a_layer": num_saves / shape.layers,
+        "bytes_out": bytes_out,
+        "host_us": {name: spread(values) for name, values in times.items()},
+        "added_us_a_layer": (medians["moved"] - medians["none"]) / shape.layers,
+        "added_us_a_moved_save": (medians["moved"] - medians["none"]) / num_saves,
+        "added_us_a_kept_save": (medians["kept"] - medians["none"]) / num_saves,
+    }
+
+
+def _count_saves(mode: Mode, x: Tensor, probe: Tensor) -> int:
+    num_saves = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal num_saves
+        num_saves += 1
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mode.model(x, probe).backward()
+    return num_saves
+
+
+def both_lanes(device: torch.device, *, nbytes: int = 256 * MIB, sections: int = 8) -> Row:
+    """GB/s in total over the times in which copies out and copies in were both under way.
+
+    Two graphs are in flight: the forward of one, then the backward of the one before. The sections compute next to
+    nothing, so the link is what limits, and they are released one graph later, so that copies out and copies in meet.
+    """
+    if device.type != "cuda":
+        return {"both_busy_gb_s": None, "why": "needs an accelerator"}
+    x = torch.randn(nbytes // 2, device=device, dtype=torch.bfloat16, requires_grad=True)
+    offloader = lighterage.offload(
+        torch.nn.ModuleList([torch.nn.Identity()]), keep_last=0, release_after=sections, prefetch_ahead=3
+    )
+
+    def forward() -> Tensor:
+        h = x * 1.0
+        for index in range(sections):
+            with offloader.section(f"sine {index}"):
+                h = torch.sin(h)
+        return h
+
+    def run(graphs: int) -> None:
+        previous = forward()
+        for _ in range(graphs):
+            following = forward()
+            previous.backward(gradient=x.detach())
+            x.grad = None
+            previous = following
+        previous.backward(gradient=x.detach())
+        x.grad = None
+        synchronize(device)
+
+    run(2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(4)
+    offloader.close()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    copies = [
+        (event["ts"], event["ts"] + event["dur"], event["args"]["bytes"], "HtoD" in event["name"])
+        for event in events
+        if event.get("cat") == "gpu_memcpy" and ("HtoD" in event["name"] or "DtoH" in event["name"])
+    ]
+    return overlap(copies)
+
+
+def overlap(copies: Sequence[tuple[float, float, int, bool]]) -> Row:
+    """Rates of copies (start µs, end µs, bytes, inbound): in total while both directions are busy, and overall.
+
+    Copies of 100 bytes each way over [0, 10) and [5, 15) µs are both busy for 5 µs, in which 50 + 50 bytes pass.
+    """
+    edges = sorted({edge for start, end, _, _ in copies for edge in (start, end)})
+    busy_us = any_us = 0.0
+    busy_bytes = 0.0
+    for lo, hi in itertools.pairwise(edges):
+        active = [copy for copy in copies if copy[0] < hi and copy[1] > lo]
+        directions = {inbound for _, _, _, inbound in active}
+        any_us += (hi - lo) * bool(active)
+        if len(directions) == 2:
+            busy_us += hi - lo
+            busy_bytes += sum(nbytes * (hi - lo) / (end - start) for start, end, nbytes, _ in active)
+    return {
+        "num_copies": len(copies),
+        "both_busy_ms": busy_us / 1e3,
+        "any_busy_ms": any_us / 1e3,
+        "both_busy_gb_s": busy_bytes / busy_us / 1e3 if busy_us else None,
+        "overall_gb_s": sum(copy[2] for copy in copies) / any_us / 1e3 if any_us else None,
+    }
+
+
+def changing_sizes(shape: DecoderShape, device: torch.device, *, steps: int, policy: str) -> Row:
+    """Device memory in use and host memory reserved over `steps` steps whose sequence lengths change.
+
+    The longest comes first; the first half of the steps is the time to settle, and in the second half nothing may grow.
+    """
+    model = build(shape, device)
+    mode = make(policy, model)
+    generator = torch.Generator().manual_seed(2)
+    top = shape.seq // 2
+    lengths = [top, *(torch.randint(1, 17, (steps - 1,), generator=generator) * (top // 16)).tolist()]
+    device_bytes: list[int] = []
+    host_bytes: list[int] = []
+    for seq in lengths:
+        x, probe = inputs(shape, device, seq=seq)
+        mode.step(x, probe)
+        del x, probe
+        mode.model.zero_grad(set_to_none=True)
+        synchronize(device)
+        device_bytes.append(torch.cuda.memory_allocated(device) if device.type == "cuda" else 0)
+        host_bytes.append(mode.offloader.stats().host_bytes_reserved)
+    mode.close()
+    half = steps // 2
+    return {
+        "steps": steps,
+        "lengths": len(set(lengths)),
+        "policy": policy,
+        "device_bytes": {"settled": max(device_bytes[half // 2 : half]), "then_at_most": max(device_bytes[half:])},
+        "host_bytes": {"settled": max(host_bytes[half // 2 : half]), "then_at_most": max(host_bytes[half:])},
+    }

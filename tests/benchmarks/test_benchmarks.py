@@ -1,0 +1,92 @@
+"""The benchmarks run, and their arithmetic is right."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import decoder, decoder_report, overhead
+from benchmarks.decoder_cases import overlap
+from benchmarks.decoder_model import CheckpointedDecoder, build, inputs, twin
+from benchmarks.decoder_modes import parse_policy
+from benchmarks.shapes import TINY
+
+
+def test_overlap_counts_bytes_only_while_both_directions_are_busy():
+    # 100 bytes out over [0, 10) µs, 300 in over [5, 15): together 5 µs with 50 + 150 bytes.
+    found = overlap([(0.0, 10.0, 100, False), (5.0, 15.0, 300, True)])
+    assert found["both_busy_ms"] == pytest.approx(0.005)
+    assert found["both_busy_gb_s"] == pytest.approx(200 / 5e3)
+    assert found["overall_gb_s"] == pytest.approx(400 / 15e3)
+
+
+def test_overlap_of_one_direction_is_none():
+    assert overlap([(0.0, 10.0, 100, False), (5.0, 15.0, 300, False)])["both_busy_gb_s"] is None
+
+
+def test_a_twin_shares_weights_but_not_hooks():
+    model = build(TINY, torch.device("cpu"))
+    other = twin(model, CheckpointedDecoder)
+    assert [id(p) for p in model.parameters()] == [id(p) for p in other.parameters()]
+    assert not set(model.modules()) & set(other.modules())
+    x, probe = inputs(TINY, torch.device("cpu"))
+    loss = model(x, probe)
+    loss.backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    other.zero_grad(set_to_none=True)
+    again = other(x, probe)
+    again.backward()
+    assert torch.equal(loss, again)
+    assert all(torch.equal(p.grad, gradient) for p, gradient in zip(model.parameters(), wanted, strict=True))
+
+
+def test_a_policy_is_read_and_nonsense_refused():
+    assert parse_policy("keep_last=2,release_after=1") == {"keep_last": 2, "release_after": 1}
+    with pytest.raises(ValueError, match="name=number"):
+        parse_policy("everything")
+
+
+def test_targets_tell_reached_from_missed():
+    def row(mode, ms, gib, **stats):
+        steps = {"median": ms, "min": ms, "max": ms, "num": 1}
+        found = {"mode": mode, "device": steps, "wall": steps, "peak_bytes": int(gib * 2**30)}
+        return {**found, "stats": stats} if stats else found
+
+    moved = {"bytes_out": 10**10, "bytes_in": 10**10}
+    results = {
+        "links": {"out_gb_s": 50.0, "in_gb_s": 50.0, "both_gb_s": 90.0},
+        "steps": [
+            row("none", 100.0, 14.0),
+            row("keep_last=6", 104.0, 11.5, **moved),
+            row("keep_last=1", 500.0, 8.0, **moved),
+        ],
+    }
+    verdicts = {line[0]: line[3] for line in decoder_report.targets(results)}
+    assert verdicts == {
+        "step × none, 2.50 GiB under none (keep_last=6)": "reached",
+        "step ms, all but the last layer (keep_last=1)": "**missed**",
+        "its peak, GiB": "reached",
+    }
+
+
+@pytest.mark.slow
+def test_the_decoder_benchmark_runs_to_the_end(tmp_path, capsys):
+    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--peers", "none", "checkpoint"]
+    assert decoder.main([*arguments, "--cases", "links", "steps", "host", "lanes", "sizes", "bits"]) == 0
+    results = json.loads((tmp_path / "decoder.json").read_text())
+    assert all(row["equal"] for row in results["bits"])
+    assert all(row["stats"]["bytes_out"] > 0 for row in results["steps"] if "stats" in row)
+    assert "python -m benchmarks.decoder" in (tmp_path / "decoder.md").read_text()
+    assert "bitwise equal | reached" in capsys.readouterr().out
+
+
+def test_the_overhead_benchmark_runs_to_the_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(overhead, "SIZES", {"1 KiB": 1024})
+    threads = torch.get_num_threads()
+    try:
+        assert overhead.main(["--rounds", "2", "--out", str(tmp_path)]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "save_on_cpu" in (tmp_path / "overhead.md").read_text()
