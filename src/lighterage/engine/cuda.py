@@ -395,8 +395,9 @@ class DiskTransport(_Accelerator):
             lane = self._streams.inbound
             back_to = self._streams.current()
             lane.wait_event(allocated)
+            batch.reverse()
             while batch:
-                resting, data = batch.pop()
+                resting, data = batch.pop()  # in the order of saving: where ranges overlap, the last one is right
                 resting.written.wait()  # type: ignore[attr-defined]
                 block = self._passage.acquire(resting.nbytes)
                 if block is None:

@@ -88,7 +88,7 @@ class Packer:
                 allocation = Allocation(transport, storage, watch, section.row, label)
                 self._allocations[key] = weakref.ref(allocation)
             allocation.saved_at.append(SavedAt(section.name, section.row.saves, tensor.nbytes))
-            section.allocations.setdefault(id(allocation), weakref.ref(allocation))
+            section.enter(allocation)
             fresh = allocation.add(storage, spec.lo, spec.hi)
             if fresh:
                 section.row.unique_bytes += fresh

@@ -55,6 +55,17 @@ class Section:
         """Backward has come to this section."""
         self.owner.visit(self)
 
+    def enter(self, allocation: Allocation) -> None:
+        """Count `allocation` among what this section saved."""
+        if not self.saved(allocation):
+            self.allocations[id(allocation)] = weakref.ref(allocation)
+
+    def saved(self, allocation: Allocation) -> bool:
+        """Whether `allocation` is among what this section saved."""
+        # An id outlives its object: a dead entry may stand under the id of a new allocation.
+        ref = self.allocations.get(id(allocation))
+        return ref is not None and ref() is allocation
+
     def live_allocations(self) -> Iterator[Allocation]:
         for ref in list(self.allocations.values()):
             allocation = ref()

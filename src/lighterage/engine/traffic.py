@@ -76,8 +76,7 @@ class Traffic:
 
     def forget(self, section: Section | None = None) -> None:
         """Do not copy what was gathered (of `section`, where one is given): it stays as it is."""
-        mine = None if section is None else section.allocations
-        self._gathered = [] if mine is None else [a for a in self._gathered if id(a) not in mine]
+        self._gathered = [] if section is None else [a for a in self._gathered if not section.saved(a)]
         if not self._gathered:
             self._gathered_bytes = 0
             self._gathered_on = None
