@@ -139,7 +139,7 @@ class Allocation:
     def add(self, storage: torch.UntypedStorage, lo: int, hi: int) -> int:
         """Take a saved range in; the number of its bytes that were not there yet. Those are to be copied."""
         fresh = [(lo, hi)] if not self.covered else spans.subtract((lo, hi), self.covered)
-        if not fresh:
+        if not fresh or lo == hi:
             return 0
         self.covered = spans.merge([*self.covered, *fresh])
         self.pending.extend(fresh)
@@ -157,7 +157,13 @@ class Allocation:
         """Record that copies of `sources` are under way into `resting`."""
         for (_, lo, hi), rest in zip(sources, resting, strict=True):
             self._pieces.append(_Piece(lo, hi, rest))
-            self._left = rest.left
+            if self._left is None:
+                self._left = rest.left
+            elif type(self._left) is _All:
+                if self._left.fences[-1] is not rest.left:
+                    self._left.fences.append(rest.left)
+            elif self._left is not rest.left:
+                self._left = _All(self._left, rest.left)
         self.pending.clear()
 
     # --- staying, leaving, coming back ----------------------------------------------------------------------------
@@ -235,6 +241,8 @@ class Allocation:
         if self.stage is Stage.HELD:
             assert self._storage is not None
             return rebuild(spec, self._storage, 0), None
+        if spec.lo == spec.hi:  # no byte of it was moved: it lies anywhere
+            return rebuild(spec, self.buffers[0].storage, -spec.lo), None
         for buffer in self.buffers:
             if buffer.lo <= spec.lo and spec.hi <= buffer.hi:
                 break
@@ -261,6 +269,26 @@ class Allocation:
                     self.transport.bury(buffer.storage, buffer.fence)
         for piece in self._pieces:
             piece.resting.retire(read)
+
+
+class _All:
+    """Copies that were started at different times: an earlier one may have failed where the last one has not."""
+
+    def __init__(self, *fences: Fence) -> None:
+        self.fences = list(fences)
+
+    def done(self) -> bool:
+        return all(fence.done() for fence in self.fences)
+
+    def wait(self) -> None:
+        for fence in self.fences:
+            fence.wait()
+
+    def order(self) -> Wait | None:
+        wait = None
+        for fence in self.fences:
+            wait = fence.order()
+        return wait
 
 
 class _Never:

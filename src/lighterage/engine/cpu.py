@@ -210,14 +210,16 @@ class CpuTransport:
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         fences: list[Fence] = []
         for batch in batches:
-            work = [(resting.room, data) for resting, data in batch]  # type: ignore[attr-defined]
+            # Popped from the end: what was copied out last is read last, since it is newer where ranges overlap.
+            work = list(reversed(batch))
 
-            def come_back(work: list[tuple[Room, torch.Tensor]] = work) -> None:
+            def come_back(work: list[tuple[Resting, torch.Tensor]] = work) -> None:
                 while work:
-                    room, data = work.pop()
-                    self._store.read(room, data)
+                    resting, data = work.pop()
+                    resting.left.wait()  # raises what went wrong on the way out: there is nothing to read then
+                    self._store.read(resting.room, data)  # type: ignore[attr-defined]
 
-            fences.append(self._in.submit(come_back, [resting.left for resting, _ in batch]))
+            fences.append(self._in.submit(come_back))
         return fences
 
     def share(self, storage: torch.UntypedStorage) -> None:
