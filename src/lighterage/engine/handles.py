@@ -107,7 +107,11 @@ class OffloadedWrapper:
             raise changed_in_place(
                 self._type.__name__, self._size, self._watch.version, self._watch.now, self._section.name
             )
-        inner = {name: part if isinstance(part, torch.Tensor) else part.unpack() for name, part in self._inner.items()}
+        # A part need not be a tensor: DTensor names its mesh.
+        inner = {
+            name: part.unpack() if isinstance(part, Offloaded | OffloadedWrapper) else part
+            for name, part in self._inner.items()
+        }
         with torch.no_grad():
             rebuilt: torch.Tensor = self._type.__tensor_unflatten__(inner, self._context, self._size, self._stride)
         return rebuilt
