@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import queue
 import threading
@@ -34,11 +35,12 @@ class _HostWait:
 class WorkerFence:
     """Set when a worker has finished a job."""
 
-    __slots__ = ("_error", "_finished")
+    __slots__ = ("_error", "_finished", "_pid")
 
     def __init__(self) -> None:
         self._finished = threading.Event()
         self._error: BaseException | None = None
+        self._pid = os.getpid()
 
     def finish(self, error: BaseException | None) -> None:
         self._error = error
@@ -48,9 +50,12 @@ class WorkerFence:
         return self._finished.is_set()
 
     def wait(self) -> None:
+        if not self._finished.is_set() and os.getpid() != self._pid:
+            raise _forked()
         self._finished.wait()
         if self._error is not None:
-            raise self._error
+            # A copy each time: a raised error holds the frames that it passed through, with all that they name.
+            raise copy.copy(self._error) from self._error.__cause__
 
     def order(self) -> _HostWait | None:
         if self._finished.is_set():
@@ -59,6 +64,13 @@ class WorkerFence:
         start = time.perf_counter()
         self.wait()
         return _HostWait((time.perf_counter() - start) * 1e3)
+
+
+def _forked() -> OffloadError:
+    return OffloadError(
+        "this process was forked from the one that saved these tensors, and the copy lanes stayed there. "
+        "Run backward in the process that ran forward, or call forward again in this one."
+    )
 
 
 _Job = tuple[Callable[[], None], tuple[Fence, ...], WorkerFence]
@@ -82,7 +94,10 @@ def _work(jobs: queue.SimpleQueue[_Job | None], before_each: Callable[[], None] 
             run()
         except BaseException as caught:  # the error belongs to whoever waits for the fence
             error = caught
-            error.__traceback__ = None
+            link: BaseException | None = caught
+            while link is not None:
+                link.__traceback__ = None
+                link = link.__cause__ or link.__context__
         # Nothing here may hold the job's tensors once the fence is set: release counts on their being free.
         del run, after
         fence.finish(error)
@@ -104,10 +119,7 @@ class WorkerLane:
     def submit(self, run: Callable[[], None], after: Iterable[Fence] = ()) -> WorkerFence:
         """Queue `run`, to be started after the `after` fences."""
         if os.getpid() != self._pid:
-            raise OffloadError(
-                "this process was forked from the one that saved these tensors, and the copy lanes stayed there. "
-                "Run backward in the process that ran forward, or call forward again in this one."
-            )
+            raise _forked()
         fence = WorkerFence()
         self._jobs.put((run, tuple(after), fence))
         return fence
