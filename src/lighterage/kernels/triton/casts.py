@@ -26,14 +26,31 @@ def widen(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
-def round_to_bf16(x, HARDWARE: tl.constexpr):
-    """fp32 to the nearest bf16 value (ties to even), kept as fp32."""
-    if HARDWARE:
-        return x.to(tl.bfloat16).to(tl.float32)
+def _round_to_bf16_in_integers(x):
+    bits = x.to(tl.uint32, bitcast=True)
+    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+    return tl.where(x == x, rounded, bits | 0x400000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_pair_to_bf16(x0, x1, HARDWARE: tl.constexpr):
+    """Two fp32 tensors to the nearest bf16 values (ties to even), kept as fp32."""
+    if HARDWARE:  # in pairs: one by one the conversion runs at a quarter of the rate
+        pair = tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x0, x1], dtype=tl.uint32, is_pure=True, pack=1
+        )
+        return (pair << 16).to(tl.float32, bitcast=True), (pair & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        return tl.where(x == x, rounded, bits | 0x400000).to(tl.float32, bitcast=True)
+        return _round_to_bf16_in_integers(x0), _round_to_bf16_in_integers(x1)
+
+
+@triton.jit
+def reciprocal(x, HARDWARE: tl.constexpr):
+    """The IEEE quotient 1 / x of positive fp32; of 0, Inf."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.where(x == 0, float("inf"), tl.div_rn(x * 0 + 1.0, tl.where(x == 0, 1.0, x)))
 
 
 @triton.jit
@@ -46,16 +63,16 @@ def _fp8_code_in_integers(x, E5M2: tl.constexpr):
     MIN_NORMAL_BITS: tl.constexpr = (128 - BIAS) << 23
     # Added to a subnormal, this constant's last mantissa bit weighs one subnormal step: one exact rounding.
     STEP_BITS: tl.constexpr = (127 + 23 - (BIAS - 1 + MANTISSA)) << 23
-    magnitude = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    absolute = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     # Inf and NaN would overflow the addition below.
-    bits = tl.minimum(magnitude, 0x7F000000)
+    bits = tl.minimum(absolute, 0x7F000000)
     normal = ((bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)) >> SHIFT) - ((127 - BIAS) << MANTISSA)
     small = tl.minimum(bits, MIN_NORMAL_BITS).to(tl.float32, bitcast=True)
     step = tl.full([], STEP_BITS, tl.int32).to(tl.float32, bitcast=True)
     subnormal = (small + step).to(tl.int32, bitcast=True) - STEP_BITS
     code = tl.where(bits < MIN_NORMAL_BITS, subnormal, tl.minimum(normal, MAX_CODE))
-    return tl.where(magnitude > _INF_BITS, 0x7F, sign | code)
+    return tl.where(absolute > _INF_BITS, 0x7F, sign | code)
 
 
 @triton.jit
@@ -106,6 +123,15 @@ def fp8_codes_packed(x0, x1, x2, x3, E5M2: tl.constexpr, HARDWARE: tl.constexpr)
 def e4m3_value(code):
     """int32 codes of non-negative E4M3 values to fp32. The exponent's bias is mended by one exact multiplication."""
     return (code << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+
+
+@triton.jit
+def magnitude(x, HARDWARE: tl.constexpr):
+    """|x| for a maximum that ignores NaN, as the device's does; the interpreter's does not."""
+    if HARDWARE:
+        return tl.abs(x)
+    else:
+        return tl.where(x == x, tl.abs(x), 0.0)
 
 
 @triton.jit
@@ -167,44 +193,49 @@ def nvfp4_global_scale(amax):
 def nvfp4_block_scale(amax, multiplier, decode, HARDWARE: tl.constexpr):
     """`(int32 E4M3 code, factor of the values)` of a block, from its amax (no NaN) and the tensor's two factors."""
     code = fp8_code(tl.minimum(amax * multiplier, FLOAT_MAX), False, HARDWARE).to(tl.int32)
-    scale = e4m3_value(code) * decode
-    empty = scale == 0  # 1 / 0 would be Inf, and is cut to the largest float
-    inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, tl.where(empty, 1.0, scale))
-    return code, tl.where(empty, FLOAT_MAX, tl.minimum(inverse, FLOAT_MAX))
+    # A scale of 0 gives Inf, which is cut to the largest float.
+    return code, tl.minimum(reciprocal(e4m3_value(code) * decode, HARDWARE), FLOAT_MAX)
+
+
+@triton.jit
+def _with_sign(code, bits):
+    """The last 3 bits of `code` below the sign of the fp32 `bits`: a shift and one three-way logical instruction."""
+    sign = bits >> 28
+    return sign ^ ((sign ^ code) & 7)
 
 
 @triton.jit
 def e2m1_code(x, HARDWARE: tl.constexpr):
-    """fp32 to the int32 code of the nearest E2M1 value (ties to even): saturating, -0 is 8 and NaN is 7.
+    """fp32 to the uint32 code of the nearest E2M1 value (ties to even): saturating, -0 is 8 and NaN is 7.
 
     The steps of E2M1 are 0.5 below 2, 1 below 4 and 2 above. Adding 2^22, 2^23 or 2^24 leaves room for just that step,
-    so that the addition itself rounds, once.
+    so that the addition itself rounds, once. These constants also carry 0, 2 or 4 in their last bits, an even number,
+    with which the last bits of the sum are the code.
     """
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(tl.abs(x), 6.0)  # of NaN and 6: 6
-    sign = (bits >> 28) & 8
+    limited = tl.minimum(tl.abs(x), 6.0)  # of NaN and 6: 6
+    bits = x.to(tl.uint32, bitcast=True)
     if not HARDWARE:
-        magnitude = tl.where(x == x, magnitude, 6.0)
-        sign = tl.where(x == x, sign, 0)  # on the device a product that is NaN has no sign
-    exponent_bits = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
-    step_bits = exponent_bits + (22 << 23)
-    rounded = (magnitude + step_bits.to(tl.float32, bitcast=True)).to(tl.int32, bitcast=True)
-    return ((rounded - step_bits) + ((exponent_bits >> 22) - 254)) | sign
+        limited = tl.where(x == x, limited, 6.0)
+        bits = tl.where(x == x, bits, 0)  # on the device a product that is NaN has no sign
+    exponent_bits = tl.maximum(limited, 1.0).to(tl.int32, bitcast=True) & _INF_BITS
+    step = (exponent_bits + (exponent_bits >> 22) + ((22 << 23) - 254)).to(tl.float32, bitcast=True)
+    rounded = (limited + step).to(tl.uint32, bitcast=True)
+    return _with_sign(rounded, bits)
 
 
 @triton.jit
 def e2m1_code_stochastic(x, random, HARDWARE: tl.constexpr):
-    """fp32 to the int32 code of one of the two neighbouring E2M1 values. `random`: int32 in [0, 256)."""
-    bits = x.to(tl.int32, bitcast=True)
-    magnitude = tl.minimum(tl.abs(x), 6.0)
-    sign = (bits >> 28) & 8
+    """fp32 to the uint32 code of one of the two neighbouring E2M1 values. `random`: int32 in [0, 256)."""
+    limited = tl.minimum(tl.abs(x), 6.0)
+    bits = x.to(tl.uint32, bitcast=True)
     if not HARDWARE:
-        magnitude = tl.where(x == x, magnitude, 6.0)
-        sign = tl.where(x == x, sign, 0)
-    step = tl.maximum(magnitude.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
+        limited = tl.where(x == x, limited, 6.0)
+        bits = tl.where(x == x, bits, 0)
+    step = tl.maximum(limited.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
     step = (step - (1 << 23)).to(tl.float32, bitcast=True)
-    shifted = magnitude + (random.to(tl.float32) * 0.00390625) * step
+    shifted = limited + (random.to(tl.float32) * 0.00390625) * step
     exponent_bits = tl.maximum(shifted.to(tl.int32, bitcast=True) & _INF_BITS, 0x3F800000)
     # 2 / 2^exponent: an exact factor, so the truncation counts whole steps.
     per_step = ((255 << 23) - exponent_bits).to(tl.float32, bitcast=True)
-    return ((shifted * per_step).to(tl.int32) + ((exponent_bits >> 22) - 254)) | sign
+    code = (shifted * per_step).to(tl.int32) + ((exponent_bits >> 22) - 254)
+    return _with_sign(code.to(tl.uint32, bitcast=True), bits)

@@ -6,11 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from lighterage.kernels.triton.casts import fp8_block_scale, fp8_code, fp8_codes_packed, widen, without_nan
-from lighterage.kernels.triton.launch import check_group, has_fp8_casts, input_max
+from lighterage.kernels.triton.casts import fp8_block_scale, fp8_code, fp8_codes_packed, magnitude, widen, without_nan
+from lighterage.kernels.triton.launch import check_group, has_fp8_casts, input_max, on_device_of
 from lighterage.kernels.triton.splits import data_offset, find_split, num_slots, padded_splits, rows_of_splits
-
-_BLOCK = tl.constexpr(128)
 
 
 @triton.jit
@@ -125,7 +123,10 @@ def _quantize_block(
     x1 = _load_rows(x, row + 1, offs_k, rows, NUM_COLS, HARDWARE)
     x2 = _load_rows(x, row + 2, offs_k, rows, NUM_COLS, HARDWARE)
     x3 = _load_rows(x, row + 3, offs_k, rows, NUM_COLS, HARDWARE)
-    largest = tl.maximum(tl.maximum(tl.abs(x0), tl.abs(x1)), tl.maximum(tl.abs(x2), tl.abs(x3)))
+    largest = tl.maximum(
+        tl.maximum(magnitude(x0, HARDWARE), magnitude(x1, HARDWARE)),
+        tl.maximum(magnitude(x2, HARDWARE), magnitude(x3, HARDWARE)),
+    )
 
     if BLOCK_2D:
         amax = without_nan(tl.max(tl.max(largest, 0), 0))
@@ -139,9 +140,11 @@ def _quantize_block(
                     pointers = row_scales + tile.to(tl.int64) * K_BLOCKS_PADDED + pad
                     tl.store(pointers, tl.zeros([4], tl.float32), mask=pad < K_BLOCKS_PADDED)
         if COLUMNWISE:
-            offs_block = tile + tl.arange(0, 4)  # ours, and after the last block the pad
-            mask = (offs_block == tile) | ((tile == row_blocks - 1) & (offs_block < (row_blocks + 3) // 4 * 4))
-            pointers = col_scales + k_block.to(tl.int64) * ((row_blocks + 3) // 4 * 4) + offs_block
+            offs_block = tile + tl.arange(0, 4)
+            # Our block, and after the last one the pad.
+            until = tl.where(tile == row_blocks - 1, (row_blocks + 3) // 4 * 4, tile + 1)
+            mask = offs_block < until
+            pointers = col_scales + ((row_blocks + 3) // 4 * 4).to(tl.int64) * k_block + offs_block
             tl.store(pointers, tl.where(offs_block == tile, scale_inv, 0.0), mask=mask)
         s0, s1, s2, s3 = scale, scale, scale, scale
         i0, i1, i2, i3 = scale_inv, scale_inv, scale_inv, scale_inv
@@ -149,15 +152,15 @@ def _quantize_block(
         col_scale = scale
     else:
         if ROWWISE:
-            a0 = without_nan(tl.max(tl.abs(x0), 1))
-            a1 = without_nan(tl.max(tl.abs(x1), 1))
-            a2 = without_nan(tl.max(tl.abs(x2), 1))
-            a3 = without_nan(tl.max(tl.abs(x3), 1))
+            a0 = without_nan(tl.max(magnitude(x0, HARDWARE), 1))
+            a1 = without_nan(tl.max(magnitude(x1, HARDWARE), 1))
+            a2 = without_nan(tl.max(magnitude(x2, HARDWARE), 1))
+            a3 = without_nan(tl.max(magnitude(x3, HARDWARE), 1))
             s0, i0 = fp8_block_scale(a0, epsilon, E5M2, POWER_OF_2, INPUT_MAX)
             s1, i1 = fp8_block_scale(a1, epsilon, E5M2, POWER_OF_2, INPUT_MAX)
             s2, i2 = fp8_block_scale(a2, epsilon, E5M2, POWER_OF_2, INPUT_MAX)
             s3, i3 = fp8_block_scale(a3, epsilon, E5M2, POWER_OF_2, INPUT_MAX)
-            scales = row_scales + k_block.to(tl.int64) * ((rows + 3) // 4 * 4)
+            scales = row_scales + ((rows + 3) // 4 * 4).to(tl.int64) * k_block
         if COLUMNWISE:
             amax = without_nan(tl.max(largest, 0))
             scale, scale_inv = fp8_block_scale(amax, epsilon, E5M2, POWER_OF_2, INPUT_MAX)
@@ -171,9 +174,7 @@ def _quantize_block(
         _store_rowwise(row_data, scales, x2, s2, i2, row + 2, offs_k, rows, NUM_COLS, E5M2, BLOCK_2D, HARDWARE)
         _store_rowwise(row_data, scales, x3, s3, i3, row + 3, offs_k, rows, NUM_COLS, E5M2, BLOCK_2D, HARDWARE)
     if COLUMNWISE:
-        words = fp8_codes_packed(
-            x0 * col_scale, x1 * col_scale, x2 * col_scale, x3 * col_scale, E5M2, HARDWARE
-        )
+        words = fp8_codes_packed(x0 * col_scale, x1 * col_scale, x2 * col_scale, x3 * col_scale, E5M2, HARDWARE)
         if rows % 16 == 0:
             _store_words(col_data, tl.trans(words), row_0, offs_k, rows, NUM_COLS)
         else:
@@ -253,9 +254,10 @@ def split_quantize_fp8_block(
     power_of_2: bool,
     epsilon: float,
     block_2d: bool,
-    blocks_per_program: int = 4,
+    blocks_per_program: int = 1,
     num_warps: int = 8,
     num_stages: int = 1,
+    max_registers: int | None = 128,
 ) -> None:
     """Quantize every split of `x` into the bulk buffers, in one launch on the current stream.
 
@@ -269,7 +271,7 @@ def split_quantize_fp8_block(
         power_of_2: round scales down to powers of two.
         epsilon: the least amax of a block.
         block_2d: 128x128 blocks instead of 1x128 tiles.
-        blocks_per_program, num_warps, num_stages: how the work is cut; they change speed alone.
+        blocks_per_program, num_warps, num_stages, max_registers: how the work is cut; they change speed alone.
 
     Source: the format specification, sections 2.2, 2.4 and 7.2.
     """
@@ -280,24 +282,26 @@ def split_quantize_fp8_block(
     k_blocks = -(-num_cols // 128)
     grid = (num_slots(num_rows, num_splits, 128) * -(-k_blocks // blocks_per_program),)
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
-    _split_quantize_kernel[grid](
-        x,
-        ends,
-        rowwise_buffer if rowwise else columnwise_buffer,
-        columnwise_buffer if columnwise else rowwise_buffer,
-        epsilon,
-        num_splits,
-        NUM_COLS=num_cols,
-        ROWWISE=rowwise,
-        COLUMNWISE=columnwise,
-        E5M2=fp8_dtype == torch.float8_e5m2,
-        POWER_OF_2=power_of_2,
-        INPUT_MAX=input_max(x.dtype),
-        BLOCK_2D=block_2d,
-        LANES=padded_splits(num_splits),
-        BLOCKS_PER_PROGRAM=blocks_per_program,
-        STAGES=num_stages,
-        HARDWARE=has_fp8_casts(x.device.index),
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+    with on_device_of(x):
+        _split_quantize_kernel[grid](
+            x,
+            ends,
+            rowwise_buffer if rowwise else columnwise_buffer,
+            columnwise_buffer if columnwise else rowwise_buffer,
+            epsilon,
+            num_splits,
+            NUM_COLS=num_cols,
+            ROWWISE=rowwise,
+            COLUMNWISE=columnwise,
+            E5M2=fp8_dtype == torch.float8_e5m2,
+            POWER_OF_2=power_of_2,
+            INPUT_MAX=input_max(x.dtype),
+            BLOCK_2D=block_2d,
+            LANES=padded_splits(num_splits),
+            BLOCKS_PER_PROGRAM=blocks_per_program,
+            STAGES=num_stages,
+            HARDWARE=has_fp8_casts(x.device.index),
+            num_warps=num_warps,
+            maxnreg=max_registers,
+            enable_fp_fusion=False,
+        )

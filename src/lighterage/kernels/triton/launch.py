@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
 import torch
@@ -16,6 +17,11 @@ def has_fp8_casts(device_index: int | None) -> bool:
     if triton.knobs.runtime.interpret or device_index is None:
         return False
     return torch.cuda.get_device_capability(device_index) >= (8, 9)
+
+
+def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
+    """Makes the device of `x` the current one, which is the one that Triton launches on."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def input_max(dtype: torch.dtype) -> float:

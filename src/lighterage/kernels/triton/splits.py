@@ -26,8 +26,8 @@ def num_slots(num_rows: int, num_splits: int, tile_rows: int) -> int:
 
 
 def padded_splits(num_splits: int) -> int:
-    """Lanes that hold all splits: a power of two, at least 16 so that few kernels are compiled."""
-    return max(16, 1 << (num_splits - 1).bit_length())
+    """Lanes that hold all splits: a power of two, at least 64 so that few kernels are compiled."""
+    return max(64, 1 << (num_splits - 1).bit_length())
 
 
 @triton.jit

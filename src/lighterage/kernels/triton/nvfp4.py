@@ -1,0 +1,485 @@
+"""Split and quantize to NVFP4, one E4M3 scale for each 16 values and one amax for each split: two launches.
+
+The first launch finds the amax of every split, the second quantizes. Columnwise blocks run along M, and may be
+Hadamard-transformed first; a thread then holds 16 consecutive rows of a column, one in each of 16 tensors, so that the
+transform, the block's amax and the packing of codes all stay inside it.
+
+Note [Hadamard order on the device]
+The 16 bf16 values are summed in fp32 in a fixed order: signs, then butterflies `(a + b, a - b)` of elements 1, 2, 4
+and 8 apart, then times 0.25, then one rounding to bf16. The reference does the same, so the two agree bitwise.
+
+Note [Partial amax]
+The amax launch has a fixed number of programs, each for a run of consecutive rows. Program p writes one partial amax
+for each split that it meets, at `p + split`. Walking over the rows either p or the split grows from one partial to the
+next, so no two partials share a place, and those of one split lie side by side: the quantizing programs of the split
+reduce them, and nothing has to be initialised or kept between calls.
+"""
+
+# Triton's tuples grow by `+` alone, and mypy takes them for Python's.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from lighterage.kernels.triton.casts import (
+    e2m1_code,
+    e2m1_code_stochastic,
+    magnitude,
+    nvfp4_block_scale,
+    nvfp4_global_scale,
+    round_pair_to_bf16,
+    widen,
+    without_nan,
+)
+from lighterage.kernels.triton.launch import check_group, has_fp8_casts, on_device_of
+from lighterage.kernels.triton.splits import data_offset, find_split, num_slots, padded_splits, rows_of_splits
+
+_AMAX_PROGRAMS = 1024
+_HADAMARD_SIGNS = tl.constexpr(0xD7E8)  # bit i: element i is negated
+
+
+@triton.jit
+def _load_16_rows(x, first_row, offs_k, rows, NUM_COLS: tl.constexpr, MASK_K: tl.constexpr, HARDWARE: tl.constexpr):
+    """16 fp32 tensors [G, C]: tensor r holds rows `first_row + r`. `first_row`: [G]. Zero outside the split."""
+    mask = (first_row < rows)[:, None]
+    if MASK_K:
+        mask = mask & (offs_k < NUM_COLS)[None, :]
+    pointers = x + first_row.to(tl.int64)[:, None] * NUM_COLS + offs_k[None, :]
+    values = ()
+    for r in tl.static_range(16):
+        values = values + (widen(tl.load(pointers + r * NUM_COLS, mask=mask, other=0.0), HARDWARE),)
+    return values
+
+
+@triton.jit
+def _max_16(values, HARDWARE: tl.constexpr):
+    """Elementwise maximum of the magnitudes of 16 tensors; NaN only where all are."""
+    largest = magnitude(values[0], HARDWARE)
+    for r in tl.static_range(1, 16):
+        largest = tl.maximum(largest, magnitude(values[r], HARDWARE))
+    return largest
+
+
+@triton.jit
+def _butterfly(values, DISTANCE: tl.constexpr):
+    """One stage: elements `DISTANCE` apart become their sum and their difference."""
+    result = ()
+    for r in tl.static_range(16):
+        if r & DISTANCE == 0:
+            result = result + (values[r] + values[r + DISTANCE],)
+        else:
+            result = result + (values[r - DISTANCE] - values[r],)
+    return result
+
+
+@triton.jit
+def _hadamard_16(values, HARDWARE: tl.constexpr):
+    """The random Hadamard transform of 16 elements, bf16 values kept as fp32: note [Hadamard order on the device]."""
+    signed = ()
+    for r in tl.static_range(16):
+        if (_HADAMARD_SIGNS >> r) & 1:
+            signed = signed + (-values[r],)
+        else:
+            signed = signed + (values[r],)
+    sums = _butterfly(_butterfly(_butterfly(_butterfly(signed, 1), 2), 4), 8)
+    result = ()
+    for r in tl.static_range(0, 16, 2):
+        result = result + round_pair_to_bf16(sums[r] * 0.25, sums[r + 1] * 0.25, HARDWARE)
+    return result
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_groups", "groups_per_program", "num_partials"])
+def _amax_kernel(
+    x,
+    ends,
+    partials,
+    num_splits,
+    num_groups,
+    groups_per_program,
+    num_partials,
+    NUM_COLS: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Partial amax of every split in a run of groups of 16 rows: note [Partial amax].
+
+    partials: fp32, `num_partials` of the plain values, then as many of the transformed ones if HADAMARD.
+    """
+    program = tl.program_id(0)
+    group = program * groups_per_program
+    last = tl.minimum(group + groups_per_program, num_groups)
+    last = tl.minimum(last, (tl.load(ends + num_splits - 1) // 16).to(tl.int32))
+    lane = tl.arange(0, LANES)
+    all_ends = tl.load(ends + lane, mask=lane < num_splits, other=0x7FFFFFFF) // 16
+    while group < last:
+        # Splits that ended before this group: so many come before its own.
+        split = tl.sum((all_ends <= group).to(tl.int32), 0)
+        until = tl.minimum((tl.load(ends + split) // 16).to(tl.int32), last)
+        plain = tl.zeros([1, TILE_K], tl.float32)
+        transformed = tl.zeros([1, TILE_K], tl.float32)
+        for g in range(group, until):
+            for k in range(0, NUM_COLS, TILE_K):
+                first_row = tl.zeros([1], tl.int32) + g * 16
+                offs_k = k + tl.arange(0, TILE_K)
+                MASK_K: tl.constexpr = NUM_COLS % TILE_K != 0
+                values = _load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, HARDWARE)
+                plain = tl.maximum(plain, _max_16(values, HARDWARE))
+                if HADAMARD:
+                    transformed = tl.maximum(transformed, _max_16(_hadamard_16(values, HARDWARE), HARDWARE))
+        tl.store(partials + program + split, tl.max(tl.max(plain, 1), 0))
+        if HADAMARD:
+            tl.store(partials + num_partials + program + split, tl.max(tl.max(transformed, 1), 0))
+        group = until
+
+
+@triton.jit
+def _split_amax(partials, split, start, rows, rows_per_program, PARTIALS: tl.constexpr):
+    """The amax of a split, from its partials; 0 if it has no rows."""
+    first = start // rows_per_program
+    count = tl.where(rows > 0, (start + rows - 1) // rows_per_program - first + 1, 0)
+    offs = tl.arange(0, PARTIALS)
+    return tl.max(tl.load(partials + first + split + offs, mask=offs < count, other=0.0), 0)
+
+
+@triton.jit
+def _random_bytes(seed, column, group, DIRECTION: tl.constexpr):
+    """16 int32 tensors of random bytes, for the 16 rows of every column and group, each from one Philox block."""
+    column = column.to(tl.uint32)
+    words = tl.philox(seed, column, group.to(tl.uint32), column * 0 + DIRECTION, column * 0)
+    result = ()
+    for r in tl.static_range(16):
+        result = result + (((words[r // 4] >> (8 * (r % 4))) & 0xFF).to(tl.int32),)
+    return result
+
+
+@triton.jit
+def _pack_16(codes):
+    """16 uint32 tensors of codes to one uint64 tensor, the first in the lowest nibble."""
+    low = codes[0]
+    high = codes[8]
+    for r in tl.static_range(1, 8):
+        low = low + (codes[r] << (4 * r))
+        high = high + (codes[r + 8] << (4 * r))
+    return low.to(tl.uint64) | (high.to(tl.uint64) << 32)
+
+
+@triton.jit
+def _join_16(values):
+    """16 tensors [G, B] to one [G, B, 16]."""
+    for DISTANCE in tl.static_range(3, -1, -1):
+        joined = ()
+        for r in tl.static_range(1 << DISTANCE):
+            joined = joined + (tl.join(values[r], values[r + (1 << DISTANCE)]),)
+        values = joined
+    whole = values[0]
+    return tl.reshape(whole, [whole.shape[0], whole.shape[1], 16])
+
+
+@triton.jit
+def _codes_16(values, factors, random, STOCHASTIC: tl.constexpr, HARDWARE: tl.constexpr):
+    """The codes of 16 tensors times their factors; `random` is read if STOCHASTIC."""
+    codes = ()
+    for r in tl.static_range(16):
+        if STOCHASTIC:
+            codes = codes + (e2m1_code_stochastic(values[r] * factors[r], random[r], HARDWARE),)
+        else:
+            codes = codes + (e2m1_code(values[r] * factors[r], HARDWARE),)
+    return codes
+
+
+@triton.jit
+def _spread(block_values, G: tl.constexpr, C: tl.constexpr):
+    """[G, C / 16] to [G, C]: each value for its block's 16 columns."""
+    return tl.reshape(tl.broadcast_to(block_values[:, :, None], [G, C // 16, 16]), [G, C])
+
+
+@triton.jit
+def _quantize_tile(
+    x,
+    row_data,
+    row_scales,
+    col_data,
+    col_scales,
+    row_multiplier,
+    row_decode,
+    col_multiplier,
+    col_decode,
+    seed,
+    k_tile,
+    tile,
+    start,
+    rows,
+    NUM_COLS: tl.constexpr,
+    ROWWISE: tl.constexpr,
+    COLUMNWISE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    BLOCK_2D: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    C: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """128 rows of a split, as 8 groups of 16, by `C` columns. Zeros from outside give scale code 0, the pad's value."""
+    G: tl.constexpr = 8
+    MASK_K: tl.constexpr = NUM_COLS % C != 0
+    K_BLOCKS_PADDED: tl.constexpr = (NUM_COLS + 63) // 64 * 4
+    group = tile * G + tl.arange(0, G)
+    offs_k = k_tile * C + tl.arange(0, C)
+    first_row = group * 16
+    values = _load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, HARDWARE)
+    row_random = values
+    col_random = values
+    if STOCHASTIC:
+        column = tl.broadcast_to(offs_k[None, :], [G, C])
+        place = tl.broadcast_to((start // 16 + group)[:, None], [G, C])
+        row_random = _random_bytes(seed, column, place, 0)
+        if COLUMNWISE and not BLOCK_2D:
+            col_random = _random_bytes(seed, column, place, 1)
+
+    block_code = tl.zeros([G, C // 16], tl.int32)
+    codes = values
+    if BLOCK_2D:
+        amax = tl.max(tl.reshape(_max_16(values, HARDWARE), [G, C // 16, 16]), 2)
+        block_code, factor = nvfp4_block_scale(without_nan(amax), row_multiplier, row_decode, HARDWARE)
+        factor = _spread(factor, G, C)
+        factors = (factor,) * 16
+        codes = _codes_16(values, factors, row_random, STOCHASTIC, HARDWARE)
+
+    if ROWWISE:
+        block = k_tile * (C // 16) + tl.arange(0, C // 16)
+        byte = k_tile * (C // 2) + tl.arange(0, C // 2)
+        data_mask = (first_row < rows)[:, None]
+        if MASK_K:
+            data_mask = data_mask & (byte < NUM_COLS // 2)[None, :]
+        # The pad reaches to the next multiple of 128 rows, which is where the tile ends.
+        row = tile * 128 + tl.arange(0, 128)
+        scale_mask = tl.broadcast_to((block < K_BLOCKS_PADDED)[None, :], [G * 16, C // 16])
+        data_pointers = row_data + first_row.to(tl.int64)[:, None] * (NUM_COLS // 2) + byte[None, :]
+        scale_pointers = row_scales + row.to(tl.int64)[:, None] * K_BLOCKS_PADDED + block[None, :]
+        block_codes = ()
+        for r in tl.static_range(16):
+            if BLOCK_2D:
+                code = codes[r]
+            else:
+                amax = tl.max(tl.reshape(magnitude(values[r], HARDWARE), [G, C // 16, 16]), 2)
+                block_code, factor = nvfp4_block_scale(without_nan(amax), row_multiplier, row_decode, HARDWARE)
+                scaled = values[r] * _spread(factor, G, C)
+                if STOCHASTIC:
+                    code = e2m1_code_stochastic(scaled, row_random[r], HARDWARE)
+                else:
+                    code = e2m1_code(scaled, HARDWARE)
+            low, high = tl.split(tl.reshape(code, [G, C // 2, 2]))
+            tl.store(data_pointers + r * (NUM_COLS // 2), (low + (high << 4)).to(tl.uint8), mask=data_mask)
+            block_codes = block_codes + (block_code.to(tl.uint8),)
+        # All 16 rows' scales at once: a store of each by itself would cost a trip through shared memory.
+        tl.store(
+            scale_pointers, tl.reshape(tl.permute(_join_16(block_codes), (0, 2, 1)), [G * 16, C // 16]), mask=scale_mask
+        )
+
+    if COLUMNWISE:
+        if BLOCK_2D:
+            col_code = _spread(block_code, G, C)
+        else:
+            if HADAMARD:
+                values = _hadamard_16(values, HARDWARE)
+            amax = without_nan(_max_16(values, HARDWARE))
+            col_code, factor = nvfp4_block_scale(amax, col_multiplier, col_decode, HARDWARE)
+            factors = (factor,) * 16
+            codes = _codes_16(values, factors, col_random, STOCHASTIC, HARDWARE)
+        groups = rows // 16
+        mask = (offs_k < NUM_COLS)[:, None] & (group < groups)[None, :]
+        pointers = col_data.to(tl.pointer_type(tl.uint64)) + offs_k.to(tl.int64)[:, None] * groups + group[None, :]
+        tl.store(pointers, tl.trans(_pack_16(codes)), mask=mask)
+        groups_padded = (groups + 3) // 4 * 4
+        mask = (offs_k < (NUM_COLS + 127) // 128 * 128)[:, None] & (group < groups_padded)[None, :]
+        pointers = col_scales + offs_k.to(tl.int64)[:, None] * groups_padded + group[None, :]
+        tl.store(pointers, tl.trans(col_code.to(tl.uint8)), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_splits", "rows_per_program", "num_partials", "seed"])
+def _split_quantize_kernel(
+    x,
+    ends,
+    partials,
+    row_buffer,
+    col_buffer,
+    num_splits,
+    rows_per_program,
+    num_partials,
+    seed,
+    NUM_COLS: tl.constexpr,
+    ROWWISE: tl.constexpr,
+    COLUMNWISE: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    BLOCK_2D: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    LANES: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    C: tl.constexpr,
+    TILES_PER_PROGRAM: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """A program quantizes `TILES_PER_PROGRAM` neighbouring tiles of 128 rows of one split."""
+    K_PADDED: tl.constexpr = (NUM_COLS + 127) // 128 * 128
+    K_BLOCKS_PADDED: tl.constexpr = (NUM_COLS + 63) // 64 * 4
+    K_TILES: tl.constexpr = (K_PADDED + C - 1) // C
+    K_PROGRAMS: tl.constexpr = (K_TILES + TILES_PER_PROGRAM - 1) // TILES_PER_PROGRAM
+    program = tl.program_id(0)
+    split, start, rows, tile = find_split(ends, program // K_PROGRAMS, num_splits, 128, LANES)
+    writes_amax = (tile == 0) & (program % K_PROGRAMS == 0)
+    if (tile * 128 >= rows) & (writes_amax == 0):
+        return
+    offset, scales_start = data_offset(ends, split, start, num_splits, NUM_COLS // 2, 16, LANES)
+    all_rows = rows_of_splits(ends, num_splits, LANES)
+    row_scale_bytes = ((all_rows + 127) // 128).to(tl.int64) * (128 * K_BLOCKS_PADDED)
+    col_scale_bytes = ((all_rows + 63) // 64).to(tl.int64) * (4 * K_PADDED)
+    before = tl.arange(0, LANES) < split
+    row_amax = _split_amax(partials, split, start, rows, rows_per_program, PARTIALS)
+    col_amax = row_amax
+    if HADAMARD:
+        col_amax = _split_amax(partials + num_partials, split, start, rows, rows_per_program, PARTIALS)
+    if writes_amax:
+        if ROWWISE:
+            place = scales_start + tl.sum(row_scale_bytes, 0) + split * 16
+            tl.store((row_buffer + place).to(tl.pointer_type(tl.float32)), row_amax)
+        if COLUMNWISE:
+            place = scales_start + tl.sum(col_scale_bytes, 0) + split * 16
+            tl.store((col_buffer + place).to(tl.pointer_type(tl.float32)), col_amax)
+    row_multiplier, row_decode = nvfp4_global_scale(row_amax)
+    col_multiplier, col_decode = nvfp4_global_scale(col_amax)
+    row_scales = scales_start + tl.sum(tl.where(before, row_scale_bytes, 0), 0)
+    col_scales = scales_start + tl.sum(tl.where(before, col_scale_bytes, 0), 0) // 4 * 4
+    x += start.to(tl.int64) * NUM_COLS
+    first = (program % K_PROGRAMS) * TILES_PER_PROGRAM
+    last = tl.where(rows > 0, tl.minimum(first + TILES_PER_PROGRAM, K_TILES), first)  # an empty split has no tile
+    for k_tile in range(first, last):
+        _quantize_tile(
+            x,
+            row_buffer + offset,
+            row_buffer + row_scales,
+            col_buffer + offset,
+            col_buffer + col_scales,
+            row_multiplier,
+            row_decode,
+            col_multiplier,
+            col_decode,
+            seed,
+            k_tile,
+            tile,
+            start,
+            rows,
+            NUM_COLS,
+            ROWWISE,
+            COLUMNWISE,
+            HADAMARD,
+            BLOCK_2D,
+            STOCHASTIC,
+            C,
+            HARDWARE,
+        )
+
+
+def split_quantize_nvfp4(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    rowwise_buffer: torch.Tensor | None,
+    columnwise_buffer: torch.Tensor | None,
+    *,
+    num_splits: int,
+    hadamard: bool,
+    block_2d: bool,
+    stochastic_rounding: bool,
+    seed: int,
+    tile_k: int = 128,
+    tiles_per_program: int = 4,
+    num_warps: int = 8,
+    max_registers: int | None = 128,
+    amax_tile_k: int = 1024,
+    amax_warps: int = 8,
+) -> None:
+    """Quantize every split of `x` into the bulk buffers, in two launches on the current stream.
+
+    Args:
+        x: (M, K) contiguous bf16, fp16 or fp32, K a multiple of 16. Rows past the last split are ignored.
+        ends: int64 (num_splits,): the rows up to and including each split, read on the device. Multiples of 16.
+        rowwise_buffer: uint8 bulk buffer of the rowwise direction, or None.
+        columnwise_buffer: uint8 bulk buffer of the columnwise (transposed) direction, or None.
+        num_splits: how many splits there are.
+        hadamard: transform the columnwise direction's blocks first; x must be bf16.
+        block_2d: one scale for 16x16 values; the columnwise direction is the rowwise one transposed.
+        stochastic_rounding: round at random, so that the mean is x; `seed` fixes the outcome.
+        seed: of the random numbers; read if stochastic_rounding.
+        tile_k, tiles_per_program, num_warps, max_registers, amax_tile_k, amax_warps: how the work is cut. They change
+            speed alone.
+
+    Raises: ValueError: on arguments that the kernels would misread.
+
+    Source: the format specification, sections 4.2 to 4.7 and 7.2.
+    """
+    num_rows, num_cols = x.shape
+    check_group(x, ends, num_splits, rowwise_buffer, columnwise_buffer)
+    if hadamard and (block_2d or x.dtype != torch.bfloat16):
+        raise ValueError(
+            f"The Hadamard transform takes bf16 and 1x16 blocks; got {x.dtype}, block_2d={block_2d}. "
+            "Cast x to bf16, or switch one of them off."
+        )
+    if num_cols == 0 or num_splits == 0:
+        return
+    num_groups = num_rows // 16
+    groups_per_program = max(1, -(-num_groups // _AMAX_PROGRAMS))
+    amax_programs = max(1, -(-num_groups // groups_per_program))
+    num_partials = amax_programs + num_splits
+    rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
+    hadamard = hadamard and columnwise
+    lanes, hardware = padded_splits(num_splits), has_fp8_casts(x.device.index)
+    partials = torch.empty(num_partials * (2 if hadamard else 1), dtype=torch.float32, device=x.device)
+    with on_device_of(x):
+        _amax_kernel[(amax_programs,)](
+            x,
+            ends,
+            partials,
+            num_splits,
+            num_groups,
+            groups_per_program,
+            num_partials,
+            NUM_COLS=num_cols,
+            HADAMARD=hadamard,
+            LANES=lanes,
+            TILE_K=min(amax_tile_k, triton.next_power_of_2(num_cols)),
+            HARDWARE=hardware,
+            num_warps=amax_warps,
+            enable_fp_fusion=False,
+        )
+    k_tiles = -(-num_cols // tile_k)
+    grid = (num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program),)
+    with on_device_of(x):
+        _split_quantize_kernel[grid](
+            x,
+            ends,
+            partials,
+            rowwise_buffer if rowwise else columnwise_buffer,
+            columnwise_buffer if columnwise else rowwise_buffer,
+            num_splits,
+            groups_per_program * 16,
+            num_partials,
+            seed,
+            NUM_COLS=num_cols,
+            ROWWISE=rowwise,
+            COLUMNWISE=columnwise,
+            HADAMARD=hadamard,
+            BLOCK_2D=block_2d,
+            STOCHASTIC=stochastic_rounding,
+            LANES=lanes,
+            PARTIALS=max(16, triton.next_power_of_2(amax_programs)),
+            C=tile_k,
+            TILES_PER_PROGRAM=tiles_per_program,
+            HARDWARE=hardware,
+            num_warps=num_warps,
+            maxnreg=max_registers,
+            enable_fp_fusion=False,
+        )
