@@ -233,13 +233,21 @@ def chosen_triton(backend: Backend, device: torch.device) -> bool:
 
     Raises: ValueError: on a device that nothing was chosen for, or an unknown name.
     """
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"backend must be 'auto', 'reference' or 'triton'; got {backend!r}.")
+    check_backend(backend)
     if backend == "auto" and device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"there are no fast kernels for {device.type} tensors. Pass backend='reference' for the slow, exact ones."
         )
     return backend == "triton" or (backend == "auto" and device.type == "cuda")
+
+
+def check_backend(backend: str) -> None:
+    """Check the name of a backend.
+
+    Raises: ValueError.
+    """
+    if backend not in ("auto", "reference", "triton"):
+        raise ValueError(f"backend must be 'auto', 'reference' or 'triton'; got {backend!r}.")
 
 
 def set_usage(quantizer: Quantizer, rowwise: bool | None, columnwise: bool | None) -> None:

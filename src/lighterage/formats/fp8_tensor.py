@@ -122,6 +122,7 @@ class Float8CurrentScalingQuantizer:
         """
         bulk.check_usage(self)
         bulk.check_input(x)
+        bulk.check_backend(backend)
         if backend == "triton":
             raise ValueError("per-tensor FP8 has no Triton kernel. Pass backend='auto' or backend='reference'.")
         data, scale_inv, _ = reference.quantize(
