@@ -36,8 +36,8 @@ AT_ONCE = PLANS[0]
 # --- bits ---------------------------------------------------------------------------------------------------------
 
 
-def bits(value: Any) -> Any:  # noqa: ANN401
-    """All that can be told of a tensor, as plain data that `==` compares: a NaN equals itself, -0.0 differs from 0.0."""
+def bits(value: Any) -> Any:
+    """All that can be told of a tensor, as data that `==` compares: a NaN equals itself, -0.0 differs from 0.0."""
     if not isinstance(value, Tensor):
         return repr(value)
     value = value.detach()
@@ -68,13 +68,13 @@ class Save(torch.autograd.Function):
     """Passes `x` on, saves `tensors`, and logs the bits and the form of what backward gets of them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, log: list[Any], *tensors: Tensor) -> Tensor:  # noqa: ANN401
+    def forward(ctx: Any, x: Tensor, log: list[Any], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.log = log
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         ctx.log.append([(bits(tensor), form(tensor)) for tensor in saved])
         return (grad, None, *[None] * len(saved))
@@ -91,7 +91,7 @@ class Layer(nn.Module):
         self.fn = fn
         self.weights = nn.ParameterList([torch.randn(shape) / shape[0] ** 0.5 for shape in shapes])
 
-    def forward(self, *args: Any) -> Tensor:  # noqa: ANN401
+    def forward(self, *args: Any) -> Tensor:
         return self.fn(*args, *self.weights)
 
 
@@ -137,14 +137,14 @@ class Storages(TorchDispatchMode):
         self._made: dict[int, StorageWeakRef] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             self._note(tensor)
         return out
 
-    def _note(self, tensor: Any) -> None:  # noqa: ANN401
+    def _note(self, tensor: Any) -> None:
         if type(tensor) is Tensor and tensor.layout is torch.strided and tensor.untyped_storage().nbytes() > 0:
             storage = tensor.untyped_storage()
             self._made[storage._cdata] = StorageWeakRef(storage)
@@ -198,12 +198,13 @@ def assert_same_bits(
     moves: bool = True,
     tier: str = "disk",
     watch_storages: bool = True,
-    **policy: Any,  # noqa: ANN401
+    **policy: Any,
 ) -> list[OffloadStats]:
     """Law 1: `run` gives the same bits with and without offload, bytes were moved, and nothing is left behind.
 
-    `build` is called once, and the run without offload gets a copy; its `layers`, or else the model itself, are the sections. Each step is run anew, so that
-    the later ones follow an order that was learned. The figures of the steps are returned.
+    `build` is called once, and the run without offload gets a copy; its `layers`, or else the model itself, are the
+    sections. Each step is run anew, so that the later ones follow an order that was learned. The figures of the steps
+    are returned.
     """
     torch.manual_seed(0)
     model = build()
@@ -247,7 +248,7 @@ def train(*inputs: Tensor) -> Run:
 
 
 @contextmanager
-def offloaded(modules: Any, *, tier: str = "disk", **policy: Any) -> Iterator[Offloader]:  # noqa: ANN401
+def offloaded(modules: Any, *, tier: str = "disk", **policy: Any) -> Iterator[Offloader]:
     """An offloader that moves almost everything at once, and leaves nothing behind at its end."""
     with lighterage.offload(modules, tier=tier, **{"min_bytes": 64, **AT_ONCE, **policy}) as offloader:
         yield offloader

@@ -240,11 +240,11 @@ class Pair(torch.Tensor):
         return ["codes", "scale"], self.note
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], note: str, size: Any, stride: Any) -> Pair:  # noqa: ANN401
+    def __tensor_unflatten__(inner: dict[str, Tensor], note: str, size: Any, stride: Any) -> Pair:
         return Pair(inner["codes"], inner["scale"], note)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.detach.default:
             return Pair(args[0].codes.detach(), args[0].scale.detach(), args[0].note)
         if func is torch.ops.aten.mul_.Tensor:
@@ -257,7 +257,7 @@ def _int_codes(x: Tensor) -> Tensor:
     return (x * 30).to(torch.int8)
 
 
-def _float8(x: Tensor) -> Any:  # noqa: ANN401
+def _float8(x: Tensor) -> Any:
     from torchao.quantization import Float8Tensor
 
     return Float8Tensor.from_hp(x)
@@ -273,12 +273,6 @@ def _csr(x: Tensor) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # PyTorch calls its CSR support beta
         return x.relu().to_sparse_csr()
-
-
-def _nested(x: Tensor) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # PyTorch calls nested tensors a prototype
-        return torch.nested.nested_tensor([x[:3], x[3:]])
 
 
 def _jagged(x: Tensor) -> Tensor:
@@ -338,7 +332,6 @@ STAYING: dict[str, Callable[[Tensor], Any]] = {
     "zero_size": lambda x: x.new_empty(0, 3),
     "sparse_coo": lambda x: x.relu().to_sparse(),
     "sparse_csr": _csr,
-    "strided_nested": _nested,
     "quantized": _quantized,
     "meta": lambda x: x.to("meta"),
 }
@@ -402,13 +395,13 @@ def test_reloaded_tensors_keep_their_address_modulo_sixty_four() -> None:
 
     class Aligned(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, *saved: Tensor) -> Tensor:  # noqa: ANN401
+        def forward(ctx: Any, x: Tensor, *saved: Tensor) -> Tensor:
             ctx.save_for_backward(*saved)
             seen.extend(s.data_ptr() for s in saved)
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             seen.extend(s.data_ptr() for s in ctx.saved_tensors)
             return (grad, None, None, None)
 
@@ -416,8 +409,8 @@ def test_reloaded_tensors_keep_their_address_modulo_sixty_four() -> None:
         data = x.detach().clone()
         return Aligned.apply(x, data.flatten()[1:], data.flatten()[17:100], data)
 
-    with offloaded([Layer(fn)]) as offloader:
-        (layer,) = (Layer(fn),)
+    layer = Layer(fn)
+    with offloaded([mlp_layer()]) as offloader:
         with offloader.section("aligned"):
             out = layer(batch())
         out.sum().backward()
@@ -440,7 +433,7 @@ def mesh() -> Iterator[Any]:
         torch.distributed.destroy_process_group()
 
 
-def test_a_dtensor_is_moved_and_comes_back_bit_for_bit(mesh: Any) -> None:  # noqa: ANN401
+def test_a_dtensor_is_moved_and_comes_back_bit_for_bit(mesh: Any) -> None:
     log: list[Any] = []
 
     def run(model: nn.Module) -> list[Any]:
@@ -453,7 +446,7 @@ def test_a_dtensor_is_moved_and_comes_back_bit_for_bit(mesh: Any) -> None:  # no
         assert isinstance(out, DTensor) and isinstance(grad, DTensor)
         return [loss.detach(), grad.to_local()]
 
-    def fn(x: DTensor, w: Tensor) -> Any:  # noqa: ANN401
+    def fn(x: DTensor, w: Tensor) -> Any:
         return (x * x).sin() @ distribute_tensor(w.detach(), mesh, [Shard(1)])
 
     assert_same_bits(lambda: Stack([Layer(fn, W), Layer(fn, W)]), run, steps=2, watch_storages=False)
@@ -495,12 +488,12 @@ def test_parameters_are_saved_as_the_very_memory_of_the_parameter() -> None:
 
     class Look(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401
+        def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
             ctx.save_for_backward(weight.t())
             return x.clone()
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ANN401
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
             pointers.append(ctx.saved_tensors[0].data_ptr())
             return grad, None
 
@@ -660,7 +653,8 @@ def test_recurrent_and_convolutional_modules_give_the_same_bits() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.rnn = nn.LSTM(WIDTH, WIDTH)
-            self.conv = nn.Sequential(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), nn.BatchNorm1d(WIDTH), nn.ReLU(inplace=True))
+            conv = nn.Conv1d(WIDTH, WIDTH, 3, padding=1)
+            self.conv = nn.Sequential(conv, nn.BatchNorm1d(WIDTH), nn.ReLU(inplace=True))
 
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(self.rnn(x)[0].t()[None])[0].t()
