@@ -100,10 +100,8 @@ def test_other_operators_see_the_values(name: str) -> None:
     values = q.dequantize()
     assert torch.equal(q + 1, values + 1)
     assert torch.equal(q @ values.t(), values @ values.t())
-    assert (
-        torch.equal(q.t(), values.t()) and torch.equal(q[3], values[3])
+    assert torch.equal(q.t(), values.t()) and torch.equal(q[3], values[3])
     assert torch.equal(q.reshape(-1), values.view(-1))
-    )
     assert torch.equal(torch.cat([q, values]), torch.cat([values, values]))
     assert torch.equal(q, values)
     plain = torch.zeros_like(values)

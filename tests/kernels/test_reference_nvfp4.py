@@ -90,6 +90,19 @@ def test_hadamard_is_the_signed_sylvester_matrix_and_orthonormal() -> None:
     torch.testing.assert_close(inverse_hadamard(hadamard(x)), x.float(), rtol=0.02, atol=0.03)
 
 
+def test_zeros_of_either_sign_transform_as_subtraction_from_zero_says() -> None:
+    zeros = torch.zeros(2, 16, dtype=torch.bfloat16)
+    zeros[1] = -0.0
+    assert not hadamard(zeros)[0].signbit().any()
+    positive = torch.where(torch.tensor([0xD7E8 >> i & 1 for i in range(16)]).bool(), 0.0, -0.0)
+    for distance in (1, 2, 4, 8):  # in scalars, as the note on the order says
+        pairs = {i: (positive[i], positive[i + distance]) for i in range(16) if not i & distance}
+        positive = positive.clone()
+        for i, (a, b) in pairs.items():
+            positive[i], positive[i + distance] = a + b, a - b
+    assert torch.equal(hadamard(zeros)[1].signbit(), positive.signbit())
+
+
 def test_hadamard_is_within_one_rounding_of_the_exact_product() -> None:
     x = make_input("wide", 32, 64, torch.bfloat16)
     matrix = hadamard(torch.eye(16, dtype=torch.bfloat16)).double()

@@ -5,7 +5,8 @@ Shape letters: M rows, K columns of the input; B blocks of 16 along a dimension.
 Note [Hadamard order]
     The transform sums 16 bf16 values in float32, and float32 sums depend on their order. It is fixed here, so that
     every kernel can give the same bits: signs first, then four butterfly stages that pair elements at distance 1, 2,
-    4, 8 as (a + b, a - b), then the factor 0.25, then one rounding to bf16.
+    4, 8 as (a + b, a - b), then the factor 0.25, then one rounding to bf16. A negated element is 0 - x, so that zeros
+    of either sign become +0: this too decides bits, the sign of a result that is zero.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
 
     Source: Transformer Engine pytorch/tensor/nvfp4_tensor.py (sign mask), common/hadamard_transform (arithmetic).
     """
-    runs = x.float().unflatten(-1, (-1, BLOCK)) * _signs(x.device)
+    runs = x.float().unflatten(-1, (-1, BLOCK))
+    runs = torch.where(_signs(x.device) < 0, 0.0 - runs, runs)
     return (_butterfly(runs) * 0.25).flatten(-2).to(torch.bfloat16)
 
 
