@@ -9,18 +9,18 @@ from .engine.ledger import OffloadStats
 from .engine.offloader import Offloader
 from .engine.policy import Policy
 from .engine.report import Report
-from .engine.sections import Section
+from .engine.sections import LiveSection
 from .errors import OffloadError
 from .marks import mark_not_offload, mark_offload
 from .offload import offload
 
 __all__ = [
+    "LiveSection",
     "OffloadError",
     "OffloadStats",
     "Offloader",
     "Policy",
     "Report",
-    "Section",
     "mark_not_offload",
     "mark_offload",
     "offload",

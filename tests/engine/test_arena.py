@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lighterage.engine import arena as arena_module
-from lighterage.engine import host_memory
+from lighterage.engine import host_memory, prefault
 from lighterage.engine.arena import Arena, Block, growth_step
 from lighterage.engine.fenced_space import PendingFences
 from lighterage.engine.units import GIB, KIB, MIB
@@ -315,7 +315,7 @@ def test_reserved_memory_stays_within_five_percent_of_the_peak(sizes: list[int])
 
 
 def test_identical_steps_reserve_once_and_within_five_percent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arena_module, "_MADV_POPULATE_WRITE", 9999)  # unknown to the kernel: touch no memory
+    monkeypatch.setattr(prefault, "MADV_POPULATE_WRITE", 9999)  # unknown to the kernel: touch no memory
     pinner = FakePinner()
     arena = Arena(pinner=pinner, budget=None, capacity=4 * GIB)
     reserved = []

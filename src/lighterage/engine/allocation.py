@@ -13,7 +13,7 @@ from . import spans
 from .lanes import Fence, Resting, Source, Transport, Wait
 from .ledger import Row
 from .spans import Span
-from .views import InPlaceWatch, ViewSpec, byte_view, rebuild
+from .views import InPlaceWatch, ViewSpec, rebuild
 
 # Ranges nearer than this to each other travel in one copy: the bytes between cost less than a second call.
 COPY_GAP = 4096
@@ -45,24 +45,29 @@ class _Piece:
 
 @dataclasses.dataclass(slots=True)
 class _Buffer:
-    """Device memory that ranges were reloaded into. Byte 0 of the allocation lies at byte `shift` of `storage`."""
+    """Device memory that ranges were reloaded into, as uint8. Byte 0 of the allocation lies at byte `shift` of it."""
 
     lo: int
     hi: int
-    storage: torch.UntypedStorage
+    memory: torch.Tensor
     shift: int
     fence: Fence
     ordered: set[int]
     """Streams that already wait for the copy."""
 
+    def bytes(self, lo: int, hi: int) -> torch.Tensor:
+        """Bytes [lo, hi) of the allocation."""
+        if lo + self.shift == 0 and hi - lo == self.memory.numel():
+            return self.memory
+        return self.memory[lo + self.shift : hi + self.shift]
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SavedAt:
-    """Which save of which section: the same one in every step, as long as the model does the same."""
+    @property
+    def storage(self) -> torch.UntypedStorage:
+        return self.memory.untyped_storage()
 
-    section: str
-    ordinal: int
-    nbytes: int
+
+SavedAt = tuple[str, int, int]
+"""Section, number of the save within it, bytes of it: the same in every step, as long as the model does the same."""
 
 
 class Allocation:
@@ -78,24 +83,25 @@ class Allocation:
         "_pieces",
         "_storage",
         "_storage_ref",
+        "_unused",
         "_watch",
         "address",
         "buffers",
         "covered",
         "kept",
         "key",
-        "label",
         "nbytes",
         "pending",
         "row",
         "saved_at",
+        "shape",
         "stage",
         "transport",
         "wanted",
     )
 
     def __init__(
-        self, transport: Transport, storage: torch.UntypedStorage, watch: InPlaceWatch, row: Row, label: str
+        self, transport: Transport, storage: torch.UntypedStorage, watch: InPlaceWatch, row: Row, shape: torch.Size
     ) -> None:
         self.transport = transport
         self.row = row
@@ -105,11 +111,12 @@ class Allocation:
         self._watch = watch
         self._pieces: list[_Piece] = []
         self._left: Fence | None = None
+        self._unused: dict[int, int] | None = None
         self.key = storage._cdata
         self.nbytes = storage.nbytes()
         self.address = storage.data_ptr()
-        self.label = label
-        """Shape and dtype of the tensor that was saved first, for people."""
+        self.shape = shape
+        """Shape of the tensor that was saved first."""
         self.stage = Stage.HELD
         self.kept: str | None = None
         """Why it stays on the device after all, or None."""
@@ -121,6 +128,11 @@ class Allocation:
         self.saved_at: list[SavedAt] = []
 
     # --- saving -------------------------------------------------------------------------------------------------
+
+    @property
+    def label(self) -> str:
+        """Shape and dtype of the tensor that was saved first, for people."""
+        return f"{tuple(self.shape)} {str(self._watch.dtype).removeprefix('torch.')}"
 
     @property
     def version(self) -> int:
@@ -138,8 +150,14 @@ class Allocation:
 
     def add(self, storage: torch.UntypedStorage, lo: int, hi: int) -> int:
         """Take a saved range in; the number of its bytes that were not there yet. Those are to be copied."""
-        fresh = [(lo, hi)] if not self.covered else spans.subtract((lo, hi), self.covered)
-        if not fresh or lo == hi:
+        if lo == hi:
+            return 0
+        if not self.covered:
+            self.covered = [(lo, hi)]
+            self.pending = [(lo, hi)]
+            return hi - lo
+        fresh = spans.subtract((lo, hi), self.covered)
+        if not fresh:
             return 0
         self.covered = spans.merge([*self.covered, *fresh])
         self.pending.extend(fresh)
@@ -151,7 +169,8 @@ class Allocation:
     def sources(self) -> list[Source]:
         """The ranges still to be copied, as few as possible."""
         assert self._storage is not None
-        return [(self._storage, lo, hi) for lo, hi in spans.merge(self.pending, COPY_GAP)]
+        pending = self.pending if len(self.pending) == 1 else spans.merge(self.pending, COPY_GAP)
+        return [(self._storage, lo, hi) for lo, hi in pending]
 
     def copied(self, sources: Sequence[Source], resting: Sequence[Resting]) -> None:
         """Record that copies of `sources` are under way into `resting`."""
@@ -206,26 +225,38 @@ class Allocation:
     def room(self) -> list[tuple[Resting, torch.Tensor]]:
         """Allocate device memory to come back to. The copies to make: the caller starts them and calls `returning`."""
         assert self.stage is Stage.AWAY
+        pieces = self._pieces
+        if len(pieces) == 1:
+            buffer = self._buffer(pieces[0].lo, pieces[0].hi)
+            self.buffers = [buffer]
+            return [(pieces[0].resting, buffer.bytes(buffer.lo, buffer.hi))]
+        self.buffers = [self._buffer(lo, hi) for lo, hi in spans.merge([(p.lo, p.hi) for p in pieces], BUFFER_GAP)]
         work: list[tuple[Resting, torch.Tensor]] = []
-        self.buffers = []
-        for lo, hi in spans.merge([(p.lo, p.hi) for p in self._pieces], BUFFER_GAP):
-            # Note [Same address modulo 512]: accelerator allocators start on multiples of 512, the CPU's on 64.
-            start = (self.address + lo) % CONGRUENCE if self.address % 16 == 0 else lo % CONGRUENCE
-            storage = self.transport.allocate(hi - lo + CONGRUENCE)
-            if self.address % 16 == 0:
-                start = (self.address + lo - storage.data_ptr()) % CONGRUENCE
-            self.buffers.append(_Buffer(lo, hi, storage, start - lo, _NEVER, set()))
-        for piece in self._pieces:
+        for piece in pieces:
             buffer = next(b for b in self.buffers if b.lo <= piece.lo and piece.hi <= b.hi)
-            data = byte_view(buffer.storage, piece.lo + buffer.shift, piece.hi + buffer.shift)
-            work.append((piece.resting, data))
+            work.append((piece.resting, buffer.bytes(piece.lo, piece.hi)))
         return work
 
-    def returning(self, fence: Fence) -> None:
-        """The copies that `room` named are under way."""
+    def _buffer(self, lo: int, hi: int) -> _Buffer:
+        # Note [Same address modulo 512]: an allocator that starts on multiples of 512 needs no more bytes than there
+        # are, which lets the buffer fit into the hole that the original left. Memory at odd addresses came from
+        # elsewhere; it keeps its offset instead, so that elements stay aligned.
+        address = self.address if self.address % 16 == 0 else 0
+        if self.transport.alignment % CONGRUENCE == 0:
+            start = (address + lo) % CONGRUENCE
+            memory = self.transport.allocate(hi - lo + start)
+        else:
+            memory = self.transport.allocate(hi - lo + CONGRUENCE)
+            start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
+        return _Buffer(lo, hi, memory, start - lo, _NEVER, set())
+
+    def returning(self, fence: Fence, unused: dict[int, int]) -> None:
+        """The copies that `room` named are under way. Until its first use it counts in `unused`."""
         for buffer in self.buffers:
             buffer.fence = fence
         self.stage = Stage.BACK
+        self._unused = unused
+        unused[id(self)] = self.nbytes
 
     # --- use ------------------------------------------------------------------------------------------------------
 
@@ -261,6 +292,8 @@ class Allocation:
         # Takes no lock: the garbage collector may run this at any moment, in any thread.
         if self._left is not None and self._storage is not None:
             self.transport.bury(self._storage, self._left)
+        if self._unused is not None:
+            self._unused.pop(id(self), None)
         read: list[Fence] = []
         for buffer in self.buffers:
             if buffer.fence is not _NEVER:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from ..errors import OffloadError
-from . import host_memory
+from . import host_memory, prefault
 from .fenced_space import Claim, FencedSpace, Lease
 from .units import MIB, format_bytes, round_up
 
@@ -28,9 +28,8 @@ _LOOK_AGAIN_S = 0.1
 
 _CLOSED = "the arena is closed"
 
-# Linux's numbers; this Python's mmap module does not name all of them.
+# Linux's number; this Python's mmap module does not name it.
 _MAP_NORESERVE = 0x4000
-_MADV_POPULATE_WRITE = 23
 
 # Note [One range, many registrations]
 # An arena is one contiguous range of virtual memory, reserved when it is made and committed as it grows, so that
@@ -173,7 +172,7 @@ class Arena:
             if nbytes >= failed_bytes and time.monotonic() - failed_at < _PIN_RETRY_S:
                 return reason
         self._advise("MADV_HUGEPAGE", offset, nbytes)
-        self._advise(_MADV_POPULATE_WRITE, offset, nbytes)
+        prefault.prefault(self._address + offset, nbytes)
         # Recorded first: an interrupt that lands while the driver pins leaves a segment that the next growth finds.
         self._segment_ends.append(offset + nbytes)
         try:

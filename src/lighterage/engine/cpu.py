@@ -17,8 +17,6 @@ from ..errors import OffloadError
 from .lanes import Fence, Resting, Source
 from .views import byte_view
 
-_ALIGN = 512
-
 
 class _HostWait:
     """A wait of the host, already over."""
@@ -179,6 +177,8 @@ class _Rested:
 class CpuTransport:
     """Moves CPU tensors to a store and back on two worker threads."""
 
+    alignment = 64
+
     def __init__(self, store: Store, before_each: Callable[[], None] | None = None) -> None:
         self._store = store
         self._out = WorkerLane("lighterage-out", before_each)
@@ -216,8 +216,8 @@ class CpuTransport:
                 one.left = fence
         return rested
 
-    def allocate(self, nbytes: int) -> torch.UntypedStorage:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu").untyped_storage()
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         fences: list[Fence] = []

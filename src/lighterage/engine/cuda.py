@@ -46,27 +46,34 @@ class CudaPinner:
 class _DeviceWait:
     """A wait of the device: how long after the stream arrived the copies were finished."""
 
-    __slots__ = ("_arrived", "_event")
+    __slots__ = ("_arrived", "_finished")
 
-    def __init__(self, arrived: torch.Event, event: torch.Event) -> None:
+    def __init__(self, arrived: EventFence, finished: EventFence) -> None:
         self._arrived = arrived
-        self._event = event
+        self._finished = finished
 
     def milliseconds(self) -> float | None:
-        if not (self._arrived.query() and self._event.query()):
+        if not (self._arrived.done() and self._finished.done()):
             return None
-        return max(0.0, self._arrived.elapsed_time(self._event))
+        return max(0.0, self._arrived.event.elapsed_time(self._finished.event))
 
 
 class EventFence:
-    """An event on a lane."""
+    """A recorded event. The event goes back to `events` when nobody asks for it any more."""
 
-    __slots__ = ("_device", "_pool", "event")
+    __slots__ = ("_streams", "event")
 
-    def __init__(self, event: torch.Event, device: torch.device, pool: collections.deque[torch.Event]) -> None:
-        self.event = event
-        self._device = device
-        self._pool = pool
+    def __init__(self, streams: _Streams, stream: torch.Stream) -> None:
+        self._streams = streams
+        try:
+            self.event = streams.events.pop()
+        except IndexError:
+            self.event = torch.Event(streams.device, enable_timing=True)
+        stream.record_event(self.event)
+
+    def __del__(self) -> None:
+        # What was made to wait for the event waits for this record of it, whatever is recorded later.
+        self._streams.events.append(self.event)
 
     def done(self) -> bool:
         return self.event.query()
@@ -77,50 +84,43 @@ class EventFence:
     def order(self) -> _DeviceWait | None:
         if self.event.query():
             return None
-        stream = torch.accelerator.current_stream(self._device)
-        arrived = torch.Event(self._device, enable_timing=True)
-        stream.record_event(arrived)
+        stream = self._streams.current()
+        arrived = EventFence(self._streams, stream)
         stream.wait_event(self.event)
-        return _DeviceWait(arrived, self.event)
+        return _DeviceWait(arrived, self)
 
 
 class _TicketFence:
     """A copy that a worker thread issues once a file has been read: first its ticket, then its event."""
 
-    __slots__ = ("_device", "event", "ticket")
+    __slots__ = ("copied", "ticket")
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self) -> None:
         self.ticket: WorkerFence
-        self.event: torch.Event | None = None
+        self.copied: EventFence | None = None
 
     def done(self) -> bool:
-        return self.ticket.done() and (self.event is None or self.event.query())
+        return self.ticket.done() and (self.copied is None or self.copied.done())
 
     def wait(self) -> None:
         self.ticket.wait()
-        if self.event is not None:
-            self.event.synchronize()
+        if self.copied is not None:
+            self.copied.wait()
 
     def order(self) -> _DeviceWait | None:
         self.ticket.wait()
-        assert self.event is not None
-        stream = torch.accelerator.current_stream(self._device)
-        arrived = torch.Event(self._device, enable_timing=True)
-        stream.record_event(arrived)
-        stream.wait_event(self.event)
-        return _DeviceWait(arrived, self.event)
+        return None if self.copied is None else self.copied.order()
 
 
 class _Streams:
-    """The two lanes of a device."""
+    """The two lanes of a device, and a pool of events."""
 
     def __init__(self, device: torch.device, before_copies: Callable[[], None] | None) -> None:
         self.device = device
         self.outbound = torch.Stream(device)
         self.inbound = torch.Stream(device)
         self.before_copies = before_copies
-        self._pool: collections.deque[torch.Event] = collections.deque()
+        self.events: list[torch.Event] = []
 
     def current(self) -> torch.Stream:
         return torch.accelerator.current_stream(self.device)
@@ -137,12 +137,11 @@ class _Streams:
 
     def after(self, stream: torch.Stream, lane: torch.Stream) -> None:
         """Make `lane` wait for what was issued on `stream` so far."""
-        lane.wait_event(stream.record_event())
+        lane.wait_event(EventFence(self, stream).event)
 
     def fence(self, lane: torch.Stream) -> EventFence:
-        event = torch.Event(self.device, enable_timing=True)
-        lane.record_event(event)
-        return EventFence(event, self.device, self._pool)
+        """What was issued on `lane` so far."""
+        return EventFence(self, lane)
 
 
 class _RestedInHost:
@@ -187,6 +186,8 @@ def _copy_in(data: torch.Tensor, block: Block) -> None:
 class _Accelerator:
     """What the transports of an accelerator share: streams, allocation, and the graveyard."""
 
+    alignment = 512
+
     def __init__(self, device: torch.device, before_copies: Callable[[], None] | None) -> None:
         self.device = device
         self._streams = _Streams(device, before_copies)
@@ -204,8 +205,8 @@ class _Accelerator:
         self._keys.add(key)
         return key
 
-    def allocate(self, nbytes: int) -> torch.UntypedStorage:
-        return torch.empty(nbytes, dtype=torch.uint8, device=self.device).untyped_storage()
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self.device)
 
     def share(self, storage: torch.UntypedStorage) -> None:
         byte_view(storage, 0, storage.nbytes()).record_stream(self._streams.current())
@@ -276,10 +277,13 @@ class HostTransport(_Accelerator):
         lane, current = streams.inbound, streams.current()
         streams.after(current, lane)
         fences: list[Fence] = []
+        waited: Fence | None = None
         with streams.on(lane, current):
             for batch in batches:
                 for resting, data in batch:
-                    lane.wait_event(resting.left.event)  # type: ignore[attr-defined]
+                    if resting.left is not waited:
+                        waited = resting.left
+                        lane.wait_event(waited.event)  # type: ignore[attr-defined]
                     self._claim(data, lane, current)
                     _copy_in(data, resting.block)  # type: ignore[attr-defined]
                 fences.append(streams.fence(lane))
@@ -378,7 +382,7 @@ class DiskTransport(_Accelerator):
         allocated = current.record_event()
         fences: list[Fence] = []
         for batch in batches:
-            fence = _TicketFence(self.device)
+            fence = _TicketFence()
             after = [resting.written for resting, _ in batch]  # type: ignore[attr-defined]
             fence.ticket = self._reader.submit(self._read_job(list(batch), allocated, fence, current), after)
             fences.append(fence)
@@ -413,7 +417,7 @@ class DiskTransport(_Accelerator):
                     _copy_in(data, block)
                     copied = self._streams.fence(lane)
                 block.retire((copied,))
-                fence.event = copied.event
+                fence.copied = copied
 
         return read
 

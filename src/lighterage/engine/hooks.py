@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,8 @@ from torch._compile import _disable_dynamo
 # So the instance gets a subclass of its own class, as fully_shard and parametrize do, whose __call__ wraps the scope in
 # try/finally. The name, the state dict, isinstance and all hooks are as before; copies and pickles name the original
 # class, and are free of the scope.
+
+_DYNAMO = "torch._dynamo"
 
 Call = Callable[..., Any]
 Scope = Callable[[Call, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
@@ -32,6 +35,7 @@ class Attachment:
             )
         self._module = weakref.ref(module)
         self._scope: Scope | None = scope
+        self._skipped_by_dynamo = _DYNAMO in sys.modules
         self._class = _subclass(type(module), self)
         try:
             module.__class__ = self._class
@@ -50,6 +54,9 @@ class Attachment:
 
     def run(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._scope is not None
+        if not self._skipped_by_dynamo and _DYNAMO in sys.modules:
+            self._skipped_by_dynamo = True
+            self._class.__call__ = _disable_dynamo(self._class.__call__, recursive=False)  # type: ignore[method-assign]
         return self._scope(call, module, args, kwargs)
 
     def detach(self) -> None:
@@ -76,6 +83,9 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
         rebuild_args = tuple(base if arg is type(self) else arg for arg in reduced[1])
         return (reduced[0], rebuild_args, *reduced[2:])
 
+    # Importing the compiler takes seconds, so a program that does not compile is spared it: until it is there, only
+    # the mark that it looks for stands on the function (see `Attachment.run`).
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return type(
         base.__name__,
         (base,),
@@ -83,7 +93,7 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "__call__": _disable_dynamo(call, recursive=False),
+            "__call__": _disable_dynamo(call, recursive=False) if _DYNAMO in sys.modules else call,
             "__reduce_ex__": reduce_ex,
             "_lighterage_attachment": attachment,
         },

@@ -78,8 +78,13 @@ class Transport(Protocol):
         """Start copying each range out, after the work issued so far. None where there is no room for it."""
         ...
 
-    def allocate(self, nbytes: int) -> torch.UntypedStorage:
-        """Device memory for `nbytes` bytes, from the pool of the calling thread's stream."""
+    @property
+    def alignment(self) -> int:
+        """What the addresses of `allocate` are multiples of."""
+        ...
+
+    def allocate(self, nbytes: int) -> torch.Tensor:
+        """Device memory, uint8 of shape (nbytes,), from the pool of the calling thread's stream."""
         ...
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:

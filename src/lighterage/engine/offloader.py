@@ -25,7 +25,7 @@ from .packing import Packer
 from .policy import Policy
 from .report import Report, build_report
 from .scopes import BetweenSections, Recorder, why_stand_aside
-from .sections import BackwardOrder, Section
+from .sections import KEEP_LAST, BackwardOrder, LiveSection, Section
 from .stores import Stores
 from .traffic import Traffic
 from .views import ViewSpec
@@ -56,7 +56,7 @@ class Offloader:
         self._policy = policy
         self._lock = threading.RLock()
         self._pid = os.getpid()
-        self._closed = False
+        self._closing = threading.Event()
         self._modules = SectionModules(modules)
         self._residents = Residents(self._modules.all_modules)
         self._stores = Stores(policy, before_copies)
@@ -97,7 +97,7 @@ class Offloader:
         return scope
 
     @contextlib.contextmanager
-    def _scope(self, name: str, position: int | None) -> Iterator[Section | None]:
+    def _scope(self, name: str, position: int | None) -> Iterator[LiveSection | None]:
         reason = self._why_stand_aside()
         if reason is not None:
             self._stand_aside(name, position, reason)
@@ -109,7 +109,7 @@ class Offloader:
         before = self._device_bytes()
         try:
             with torch.autograd.graph.saved_tensors_hooks(Recorder(self._packer.pack, section), unpack):
-                yield section
+                yield LiveSection(section)
         except BaseException:
             self._abandon(section)
             raise
@@ -147,8 +147,8 @@ class Offloader:
             with self._lock:
                 self._pass_section()
 
-    def section(self, name: str) -> contextlib.AbstractContextManager[Section | None]:
-        """A section around code that is not an nn.Module.
+    def section(self, name: str) -> contextlib.AbstractContextManager[LiveSection | None]:
+        """A section around code that is not an nn.Module. Entering gives the section, or None where it stands aside.
 
         Args:
             name: what the report calls it; the same name for the same code in every step.
@@ -169,17 +169,19 @@ class Offloader:
 
     def _keep_reason(self, name: str, position: int | None) -> str | None:
         if self._kept_names is not None:
-            return "keep_last" if name in self._kept_names else None
+            return KEEP_LAST if name in self._kept_names else None
         if position is not None and position >= len(self._modules.sections) - self._policy.keep_last:
-            return "keep_last"
+            return KEEP_LAST
         return None
 
     def open_gap(self, position: int) -> Section:
         """A section for what is saved after the section at `position` has ended, up to the next one."""
         sections = self._modules.sections
         where = f"after {sections[position][0]}" if position >= 0 else f"before {sections[0][0]}"
-        kept = position + 1 >= len(sections) - self._policy.keep_last
-        return self._open_section(f"{self._modules.root_name}, {where}", "keep_last" if kept else None, gap=True)
+        reason = KEEP_LAST if position + 1 >= len(sections) - self._policy.keep_last else None
+        if position + 1 == len(sections):
+            reason = "after the last section: backward begins with it"
+        return self._open_section(f"{self._modules.root_name}, {where}", reason, gap=True)
 
     def _open_section(self, name: str, keep_reason: str | None, gap: bool = False) -> Section:
         with self._lock:
@@ -193,8 +195,19 @@ class Offloader:
                 self._residents.refresh()
             index = section.index = self._order.created(section.name)
             self._ledger.step.rows.append(section.row)
-            ended, note = self._ended, (self._ledger.num_steps, index)
-            self._live[index] = weakref.ref(section, lambda _: ended.append(note))
+            self._live[index] = weakref.ref(section, self._when_over(self._ledger.num_steps, index))
+
+    def _when_over(self, step: int, index: int) -> Callable[[object], None]:
+        # Finalizers take no lock: they leave a note for `_tidy`. After close() nobody may come by to read it.
+        ended, closed, this = self._ended, self._closing, weakref.ref(self)
+
+        def note(_: object) -> None:
+            ended.append((step, index))
+            owner = this() if closed.is_set() else None
+            if owner is not None and os.getpid() == owner._pid:
+                threading.Thread(target=owner.close, name="lighterage-close", daemon=True).start()
+
+        return note
 
     def _abandon(self, section: Section) -> None:
         """An exception ended the section: nothing of it is worth copying."""
@@ -242,66 +255,78 @@ class Offloader:
                 return
             section.visited = True
             self._order.visited(section.index)
-            self._traffic.reload(section)
-            ahead = 0
-            live = {index: s for index, ref in self._live.items() if (s := ref()) is not None}
-            for upcoming in self._order.upcoming(section.index, live):
-                if ahead >= self._policy.prefetch_ahead:
-                    break
-                self._traffic.reload(upcoming)
-                ahead += not upcoming.gap
+            ahead: list[Section] = []
+            wanted = self._policy.prefetch_ahead
+            if wanted:
+                live = {index: s for index, ref in self._live.items() if (s := ref()) is not None}
+                for upcoming in self._order.upcoming(section.index, live):
+                    ahead.append(upcoming)
+                    wanted -= not upcoming.gap
+                    if not wanted:
+                        break
+            self._traffic.come_back_for(section, ahead)
 
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes over `allocation`, on the device."""
         return self._traffic.load(allocation, spec)
 
+    def used(self, section: Section, nbytes: int) -> None:
+        """Backward has asked for `nbytes` that `section` kept: as many more may be on their way back."""
+        with self._lock:
+            self._traffic.used(section, nbytes)
+
     @property
-    def sections(self) -> list[Section]:
+    def sections(self) -> list[LiveSection]:
         """The live sections, in the order of forward: those of which something saved still waits for backward."""
         with self._lock:
             self._tidy()
-            return [section for ref in self._live.values() if (section := ref()) is not None]
+            return [LiveSection(section) for ref in self._live.values() if (section := ref()) is not None]
 
     # --- by hand --------------------------------------------------------------------------------------------------
 
-    def evict(self, section: Section) -> None:
+    def evict(self, section: LiveSection) -> None:
         """Start copying out what `section` saved, if that has not begun. Its tensors stay usable.
 
         Raises:
             TypeError, ValueError: this is no section, or one of another offloader.
         """
-        self._check(section)
+        live = self._check(section)
         with self._lock:
             self._traffic.flush()
-            self._traffic.decide(section)
+            if live is not None:
+                self._traffic.decide(live)
 
-    def release(self, section: Section) -> None:
+    def release(self, section: LiveSection) -> None:
         """Give back the device memory of what `section` saved, ordered after its copies. Evicts first if need be.
 
         Raises:
             TypeError, ValueError: this is no section, or one of another offloader.
             OffloadError: copies failed (a full disk, an I/O error); those tensors stay on the device.
         """
-        self._check(section)
+        live = self._check(section)
         with self._lock:
             self._traffic.flush()
-            self._traffic.release(section)
+            if live is not None:
+                self._traffic.release(live)
 
-    def prefetch(self, section: Section) -> None:
+    def prefetch(self, section: LiveSection) -> None:
         """Start bringing back what `section` saved.
 
         Raises:
             TypeError, ValueError: this is no section, or one of another offloader.
         """
-        self._check(section)
+        live = self._check(section)
         with self._lock:
-            self._traffic.reload(section)
+            if live is not None:
+                self._traffic.reload(live)
 
-    def _check(self, section: Section) -> None:
-        if not isinstance(section, Section):
+    def _check(self, section: LiveSection) -> Section | None:
+        if not isinstance(section, LiveSection):
             raise TypeError(f"a section is taken from offloader.sections; got {section!r}.")
-        if section.owner is not self:
+        live = section.section
+        if live is not None and live.owner is not self:
             raise ValueError(f"section {section.name!r} belongs to another offloader. Call that one's method.")
+        return live
 
     # --- housekeeping ---------------------------------------------------------------------------------------------
 
@@ -339,6 +364,10 @@ class Offloader:
         after = None if before is None else self._device_bytes()
         if before is not None and after is not None:
             section.row.unseen_bytes = max(0, after - before - section.row.unique_bytes)
+
+    @property
+    def _closed(self) -> bool:
+        return self._closing.is_set()
 
     @property
     def policy(self) -> Policy:
@@ -379,7 +408,7 @@ class Offloader:
         """
         with self._lock:
             if not self._closed:
-                self._closed = True
+                self._closing.set()
                 for attachment in self._attachments:
                     attachment.detach()
                 self._traffic.forget()

@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from ..marks import Mark, mark_of
-from .allocation import Allocation, SavedAt
+from .allocation import Allocation
 from .handles import Handle, Kept, KeptWrapper, Offloaded, OffloadedWrapper
 from .lanes import Transport
 from .ledger import Ledger
 from .modules import Residents
 from .policy import Policy
-from .sections import Section
+from .sections import KEEP_LAST, Section
 from .stores import Stores
 from .traffic import Traffic
-from .views import InPlaceWatch, describe
+from .views import InPlaceWatch, byte_range, describe
 from .wrappers import is_wrapper, parts_of, wait_for
 
 
@@ -54,21 +54,28 @@ class Packer:
         row.saves += 1
         if type(tensor) is not torch.Tensor:
             return self._pack_special(tensor, section)
-        row.saved_bytes += tensor.nbytes
-        return self._pack_plain(tensor, section) or Kept(tensor, section)
+        return self._pack_plain(tensor, section)
 
-    def _pack_plain(self, tensor: torch.Tensor, section: Section) -> Offloaded | None:
-        """An `Offloaded` handle, or None: keep the tensor as it is."""
+    def _pack_plain(self, tensor: torch.Tensor, section: Section) -> Offloaded | Kept:
         if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-            return None
+            return Kept(tensor, section)
         if tensor.is_nested or tensor.is_quantized:
-            return None
+            return Kept(tensor, section)
+        row = section.row
+        row.saved_bytes += tensor.nbytes
         storage = tensor.untyped_storage()
         key = storage._cdata
+        lo, hi = byte_range(tensor)
+        base = tensor._base
+        if base is not None and type(base) is not torch.Tensor and isinstance(base, nn.Parameter):
+            self._ledger.step.note_kept(row, key, lo, hi, "parameter")
+            return Kept(tensor, section)
+        if storage.nbytes() < self._min_bytes:
+            self._ledger.step.note_kept(row, key, lo, hi, "under min_bytes")
+            return Kept(tensor, section)
         transport = self.transports.get(tensor.device) or self._open_transport(tensor.device)
         mark = mark_of(key)
-        reason = self._why_kept(tensor, section, storage, transport, mark)
-        spec = describe(tensor)
+        reason = self._why_kept(tensor, section, key, transport, mark)
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
@@ -80,38 +87,36 @@ class Packer:
                 else:
                     reason = allocation.kept
             if reason is not None or transport is None:
-                self._ledger.step.note_kept(section.row, key, spec.lo, spec.hi, reason or "on another device")
-                return None
+                fresh = self._ledger.step.note_kept(row, key, lo, hi, reason or "on another device")
+                if reason != KEEP_LAST:
+                    return Kept(tensor, section)
+                section.unused_bytes += fresh
+                return Kept(tensor, section, fresh)
             watch = InPlaceWatch(tensor)
-            if allocation is None or not allocation.takes(spec.lo, spec.hi):
-                label = f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-                allocation = Allocation(transport, storage, watch, section.row, label)
+            if allocation is None or not allocation.takes(lo, hi):
+                allocation = Allocation(transport, storage, watch, row, tensor.shape)
                 self._allocations[key] = weakref.ref(allocation)
-            allocation.saved_at.append(SavedAt(section.name, section.row.saves, tensor.nbytes))
+            allocation.saved_at.append((section.name, row.saves, tensor.nbytes))
             section.enter(allocation)
-            fresh = allocation.add(storage, spec.lo, spec.hi)
+            fresh = allocation.add(storage, lo, hi)
             if fresh:
-                section.row.unique_bytes += fresh
+                row.unique_bytes += fresh
                 self._traffic.gather(allocation, section, fresh, mark)
-        return Offloaded(allocation, spec, watch, section)
+        return Offloaded(allocation, describe(tensor, lo, hi), watch, section)
 
     def _why_kept(
         self,
         tensor: torch.Tensor,
         section: Section,
-        storage: torch.UntypedStorage,
+        key: int,
         transport: Transport | None,
         mark: Mark | None,
     ) -> str | None:
-        """Why the tensor stays where it is, or None."""
-        base = tensor._base
-        if base is not None and type(base) is not torch.Tensor and isinstance(base, nn.Parameter):
-            return "parameter"
-        if storage.nbytes() < self._min_bytes:
-            return "under min_bytes"
+        """Why a large tensor that is no parameter stays where it is, or None."""
         if transport is None or (self._residents.on_accelerator and tensor.device.type == "cpu"):
             return "on another device"
-        resident = self._residents.reason(storage._cdata, tensor if base is None else base)
+        base = tensor._base
+        resident = self._residents.reason(key, tensor if base is None else base)
         if resident is not None:
             return resident
         if mark is Mark.NOT_OFFLOAD:
@@ -133,8 +138,7 @@ class Packer:
             if isinstance(tensor, nn.Parameter | nn.Buffer) and tensor.layout is torch.strided:
                 section.row.saved_bytes += tensor.nbytes
                 reason = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-                spec, key = describe(tensor), tensor.untyped_storage()._cdata
-                self._ledger.step.note_kept(section.row, key, spec.lo, spec.hi, reason)
+                self._ledger.step.note_kept(section.row, tensor.untyped_storage()._cdata, *byte_range(tensor), reason)
             return Kept(tensor, section)
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return KeptWrapper(tensor, section)
@@ -149,8 +153,8 @@ class Packer:
 
     def _pack_part(self, part: torch.Tensor, section: Section) -> Offloaded | OffloadedWrapper | None:
         if type(part) is torch.Tensor:
-            section.row.saved_bytes += part.nbytes
-            return self._pack_plain(part, section)
+            plain = self._pack_plain(part, section)
+            return plain if isinstance(plain, Offloaded) else None
         handle = self._pack_special(part, section)
         return handle if isinstance(handle, Offloaded | OffloadedWrapper) else None
 

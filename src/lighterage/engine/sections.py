@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .offloader import Offloader
 
 
+KEEP_LAST = "keep_last"
+"""The reason for which a section at the end of forward stays."""
+
+
 class Section:
     """One forward pass of one wrapped module, or of one `with offloader.section(name)`.
 
@@ -31,6 +35,7 @@ class Section:
         "owner",
         "row",
         "undecided",
+        "unused_bytes",
         "visited",
     )
 
@@ -50,6 +55,8 @@ class Section:
         self.row = Row(name, gap)
         self.allocations: dict[int, weakref.ref[Allocation]] = {}
         self.undecided: list[weakref.ref[Allocation]] = []
+        self.unused_bytes = 0
+        """Bytes that stay because of `keep_last` and that backward has not asked for yet."""
 
     def visit(self) -> None:
         """Backward has come to this section."""
@@ -75,6 +82,32 @@ class Section:
     def __repr__(self) -> str:
         state = "open" if self.open else "visited" if self.visited else "waiting"
         return f"<section {self.name!r} #{self.index}, {state}, {self.row.saves} saves>"
+
+
+class LiveSection:
+    """A section as `offloader.sections` lists it. Holding one holds nothing of what the section saved."""
+
+    __slots__ = ("_section", "name")
+
+    def __init__(self, section: Section) -> None:
+        self._section = weakref.ref(section)
+        self.name = section.name
+        """What the report calls it."""
+
+    @property
+    def section(self) -> Section | None:
+        """The section itself; None once nothing that it saved is waiting for backward."""
+        return self._section()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LiveSection) and self._section == other._section
+
+    def __hash__(self) -> int:
+        return hash(self._section)
+
+    def __repr__(self) -> str:
+        section = self._section()
+        return f"<section {self.name!r}, over>" if section is None else repr(section)
 
 
 class BackwardOrder:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import threading
 import weakref
 from collections.abc import Sequence
@@ -10,7 +11,7 @@ import torch
 
 from ..errors import OffloadError
 from ..marks import Mark, mark_of
-from .allocation import Allocation, Stage
+from .allocation import Allocation, SavedAt, Stage
 from .lanes import Transport
 from .ledger import Ledger
 from .sections import Section
@@ -24,16 +25,14 @@ class StillAlive:
     """Saves whose memory was found to be held by somebody else after it was let go of: moving it frees nothing."""
 
     def __init__(self) -> None:
-        self._saves: dict[str, set[tuple[int, int]]] = {}
+        self._saves: set[SavedAt] = set()
 
     def add(self, allocation: Allocation) -> None:
         for saved in allocation.saved_at:
-            self._saves.setdefault(saved.section, set()).add((saved.ordinal, saved.nbytes))
+            self._saves.add(saved)
 
-    def __contains__(self, save: tuple[str, int, int]) -> bool:
-        section, ordinal, nbytes = save
-        saves = self._saves.get(section)
-        return saves is not None and (ordinal, nbytes) in saves
+    def __contains__(self, save: SavedAt) -> bool:
+        return save in self._saves
 
 
 class Traffic:
@@ -47,6 +46,10 @@ class Traffic:
         self._gathered_bytes = 0
         self._gathered_on: tuple[int, Transport] | None = None
         self.still_alive = StillAlive()
+        self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
+        self._unused: dict[int, int] = {}
+        self._window = 0
+        self._current: weakref.ref[Section] | None = None
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -168,28 +171,71 @@ class Traffic:
 
     # --- back -----------------------------------------------------------------------------------------------------
 
+    def come_back_for(self, section: Section, upcoming: Sequence[Section]) -> None:
+        """Backward has come to `section`, and `upcoming` are expected next.
+
+        What they saved is queued in the order of need, and started as far as the window allows: no more bytes wait on
+        the device unused than `upcoming` saved. So a section's bytes come in while those before it are used up, and
+        their memory becomes free. With nothing upcoming, `section` itself comes back at once.
+        """
+        away = _away(section)
+        if not upcoming:
+            self._queue.clear()
+            self._bring_back(away)
+            return
+        later = [allocation for one in upcoming for allocation in _away(one)]
+        self._window = max(sum(a.nbytes for a in later), sum(a.nbytes for a in away))
+        self._current = weakref.ref(section)
+        self._queue = collections.deque(weakref.ref(allocation) for allocation in [*away, *later])
+        self._pump()
+
+    def used(self, section: Section, nbytes: int) -> None:
+        """Bytes that `section` kept are being used."""
+        section.unused_bytes = max(0, section.unused_bytes - nbytes)
+        if self._queue:
+            self._pump()
+
+    def _pump(self) -> None:
+        if not self._queue:
+            return
+        current = None if self._current is None else self._current()
+        unused = sum(self._unused.values()) + (0 if current is None else current.unused_bytes)
+        next_ones: list[Allocation] = []
+        while self._queue:
+            allocation = self._queue[0]()
+            if allocation is not None and allocation.stage is Stage.AWAY:
+                unused += allocation.nbytes
+                if unused > self._window and unused > allocation.nbytes:
+                    break
+                next_ones.append(allocation)
+            self._queue.popleft()
+        self._bring_back(next_ones)
+
     def reload(self, section: Section) -> None:
         """Start bringing back what `section` saved, what it saved last first."""
-        self._bring_back([a for a in section.live_allocations() if a.stage is Stage.AWAY][::-1])
+        self._bring_back(_away(section))
 
     def _bring_back(self, away: list[Allocation]) -> None:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                self._bring_back(away)
+            return
         groups: dict[int, list[Allocation]] = {}
         for allocation in away:
             groups.setdefault(id(allocation.transport), []).append(allocation)
         for group in groups.values():
-            batches = []
-            # Backward may run with grad mode on (create_graph) and by hand under inference mode.
-            with torch.inference_mode(False), torch.no_grad(), torch._C._DisableTorchDispatch():
-                for allocation in group:
-                    if allocation.still_alive:
-                        allocation.row.alive.append((allocation.label, allocation.nbytes))
-                        self.still_alive.add(allocation)
-                    batches.append(allocation.room())
+            with torch._C._DisableTorchDispatch():
+                batches = [allocation.room() for allocation in group]
                 fences = group[0].transport.restore(batches)
             for allocation, batch, fence in zip(group, batches, fences, strict=True):
-                allocation.returning(fence)
-                allocation.row.bytes_in += sum(resting.nbytes for resting, _ in batch)
-                allocation.row.copies_in += len(batch)
+                if allocation.still_alive:
+                    allocation.row.alive.append((allocation.label, allocation.nbytes))
+                    self.still_alive.add(allocation)
+                allocation.returning(fence, self._unused)
+                row = allocation.row
+                for resting, _ in batch:
+                    row.bytes_in += resting.nbytes
+                row.copies_in += len(batch)
 
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
@@ -198,8 +244,15 @@ class Traffic:
                 self._bring_back([allocation])
             elif allocation.stage is Stage.HELD:
                 allocation.wanted = True
+            if self._unused.pop(id(allocation), None) is not None:
+                self._pump()
         tensor, wait = allocation.use(spec)
         if wait is not None:
             with self._lock:
                 self._ledger.step.note_wait(allocation.row, wait)
         return tensor
+
+
+def _away(section: Section) -> list[Allocation]:
+    """What `section` saved and what is away, what it saved last first: backward needs that first."""
+    return [a for a in section.live_allocations() if a.stage is Stage.AWAY][::-1]

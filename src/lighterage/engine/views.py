@@ -11,7 +11,8 @@ class ViewSpec(NamedTuple):
     """How to rebuild a strided tensor over an allocation.
 
     >>> x = torch.arange(6.0).view(2, 3)
-    >>> spec = describe(x.t()[1:])
+    >>> view = x.t()[1:]
+    >>> spec = describe(view, *byte_range(view))
     >>> (spec.lo, spec.hi, tuple(spec.size), spec.stride)
     (4, 24, (2, 2), (1, 3))
     """
@@ -27,18 +28,20 @@ class ViewSpec(NamedTuple):
     neg: bool
 
 
-def describe(tensor: torch.Tensor) -> ViewSpec:
-    """The view spec of a strided tensor with a storage."""
-    itemsize = tensor.itemsize
-    size, stride = tensor.shape, tensor.stride()
-    lo = tensor.storage_offset() * itemsize
+def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
+    """The bytes [lo, hi) of its storage that the elements of a strided tensor lie in."""
+    lo = int(tensor.storage_offset()) * tensor.itemsize
     if tensor.is_contiguous():
-        hi = lo + tensor.numel() * itemsize
-    elif tensor.numel() == 0:
-        hi = lo
-    else:
-        hi = lo + (1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))) * itemsize
-    return ViewSpec(tensor.dtype, size, stride, int(lo), int(hi), tensor.is_conj(), tensor.is_neg())
+        return lo, lo + tensor.nbytes
+    if tensor.numel() == 0:
+        return lo, lo
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return lo, lo + (1 + last) * tensor.itemsize
+
+
+def describe(tensor: torch.Tensor, lo: int, hi: int) -> ViewSpec:
+    """The view spec of a strided tensor; [lo, hi) is its `byte_range`."""
+    return ViewSpec(tensor.dtype, tensor.shape, tensor.stride(), lo, hi, tensor.is_conj(), tensor.is_neg())
 
 
 def rebuild(spec: ViewSpec, storage: torch.UntypedStorage, shift: int) -> torch.Tensor:
@@ -86,6 +89,10 @@ class InPlaceWatch:
             watch._alias = tensor.detach()
         watch.version = tensor._version
         return watch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._alias.dtype
 
     @property
     def now(self) -> int:
