@@ -6,8 +6,9 @@ import enum
 from collections.abc import Iterator
 
 import torch
-from torch._compile import _disable_dynamo
 from torch.multiprocessing.reductions import StorageWeakRef
+
+from .unseen import unseen
 
 
 class Mark(enum.Enum):
@@ -69,7 +70,7 @@ def _put(function: str, tensors: tuple[torch.Tensor, ...], mark: Mark) -> None:
             _MARKS.put(storage, mark)
 
 
-@_disable_dynamo
+@unseen
 def mark_not_offload(*tensors: torch.Tensor) -> None:
     """Keep on the device every allocation that one of `tensors` lives in.
 
@@ -84,7 +85,7 @@ def mark_not_offload(*tensors: torch.Tensor) -> None:
     _put("mark_not_offload", tensors, Mark.NOT_OFFLOAD)
 
 
-@_disable_dynamo
+@unseen
 def mark_offload(*tensors: torch.Tensor) -> None:
     """Ask for every allocation that one of `tensors` lives in to be moved.
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -73,51 +74,81 @@ class StepClock:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Samples, after every operation of one step, the bytes of the tensors that the step made and that still live.
+    """Samples, after every operation of one step, the bytes of the tensors that came up in the step and still live.
 
     Storages are watched by weak references and asked for their size, so nothing is kept alive and what was released
-    counts no more, whoever released it. Parameters, gradients and optimizer state were there before and do not count.
-    On a CUDA device the allocator's own count stands in, less what it was at the start. A step under it is slowed down
-    severalfold, and so never timed.
+    counts no more, whoever released it. `resident` was there before and does not count: parameters, gradients,
+    optimizer state, the batch. On a CUDA device the allocator's own count stands in, less what it was at the start.
+    A step under it is slowed down severalfold, and so never timed.
     """
 
-    def __init__(self, clock: StepClock, device: torch.device) -> None:
+    def __init__(self, clock: StepClock, device: torch.device, resident: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.samples: list[tuple[int, int]] = []
         """(place, bytes) after each operation."""
         self._clock = clock
         self._device = device
-        self._made: dict[int, StorageWeakRef] = {}
+        self._resident = {tensor.untyped_storage()._cdata for tensor in resident}
+        self._known: dict[int, StorageWeakRef] = {}
         self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._empties = _Empties(self._know)
+
+    def __enter__(self) -> Self:
+        super().__enter__()  # type: ignore[no-untyped-call]
+        self._empties.__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._empties.__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if self._device.type == "cpu":
-            # A result over an argument's storage is a view or an update in place: nothing was made.
-            given = {storage._cdata for storage in _storages((args, kwargs))}
-            for storage in _storages(result):
-                if storage._cdata not in given:
-                    self._made[storage._cdata] = StorageWeakRef(storage)
+        self._know((args, kwargs, result))
         self.samples.append((self._clock.place, self._live()))
         return result
+
+    def _know(self, tree: object) -> None:
+        if self._device.type == "cuda":
+            return
+        for storage in _storages(tree):
+            key = storage._cdata
+            if key not in self._resident and (key not in self._known or self._known[key].expired()):
+                self._known[key] = StorageWeakRef(storage)
 
     def _live(self) -> int:
         if self._device.type == "cuda":
             return torch.cuda.memory_allocated(self._device) - self._base
         total = 0
         dead: list[int] = []
-        for key, reference in self._made.items():
+        for key, reference in self._known.items():
             storage: torch.UntypedStorage | None = torch.UntypedStorage._new_with_weak_ptr(reference.cdata)
             if storage is None:
                 dead.append(key)
             else:
                 total += storage.nbytes()
         for key in dead:
-            del self._made[key]
+            del self._known[key]
         return total
+
+
+class _Empties(TorchFunctionMode):
+    """Sees memory that is asked for below the dispatcher's modes, as by the offloader for what it brings back."""
+
+    def __init__(self, know: Callable[[object], None]) -> None:
+        super().__init__()
+        self._know = know
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.empty:
+            self._know(result)
+        return result
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:

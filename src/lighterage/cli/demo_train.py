@@ -85,12 +85,13 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
             optimizer.zero_grad(set_to_none=False)
             base = _start_peak(device)
             watched = step == config.steps - 1
-            live = LiveBytes(clock, device) if watched else None
+            live = LiveBytes(clock, device, [*_resident(model, optimizer), text_BT, next_BT]) if watched else None
             start = time.perf_counter()
             with live or contextlib.nullcontext(), clock.step():
                 loss = model(text_BT, next_BT)
                 clock.mark()
-                loss.backward()
+                # Not `loss.backward()`: that runs outside the modes with which `LiveBytes` watches it.
+                torch.autograd.backward(loss)
             step_peak = _end_peak(device, base)
             optimizer.step()
             _synchronize(device)
@@ -146,6 +147,15 @@ def reproducible() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(was)
         fill.fill_uninitialized_memory = filled
+
+
+def _resident(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """What stays from step to step."""
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        yield _gradient(parameter)
+        yield from (value for value in optimizer.state[parameter].values() if isinstance(value, Tensor))
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -112,9 +112,6 @@ class Allocation:
         self._pieces: list[_Piece] = []
         self._left: Fence | None = None
         self._unused: dict[int, int] | None = None
-        self.key = storage._cdata
-        self.nbytes = storage.nbytes()
-        self.address = storage.data_ptr()
         self.shape = shape
         """Shape of the tensor that was saved first."""
         self.stage = Stage.HELD
@@ -126,6 +123,9 @@ class Allocation:
         self.pending: list[Span] = []
         self.buffers: list[_Buffer] = []
         self.saved_at: list[SavedAt] = []
+        self.key = storage._cdata
+        self.nbytes = storage.nbytes()
+        self.address = storage.data_ptr()
 
     # --- saving -------------------------------------------------------------------------------------------------
 

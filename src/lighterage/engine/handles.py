@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..unseen import unseen
 from .allocation import Allocation
 from .views import InPlaceWatch, ViewSpec, changed_in_place, type_name
 
@@ -124,6 +125,7 @@ class OffloadedWrapper:
 Handle = Kept | KeptWrapper | Offloaded | OffloadedWrapper
 
 
+@unseen
 def unpack(handle: Handle) -> torch.Tensor:
     """The unpack hook."""
     return handle.unpack()

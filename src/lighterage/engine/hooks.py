@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import nn
-from torch._compile import _disable_dynamo
+
+from ..unseen import see_through, unseen
 
 # Note [Why the class is swapped]
 # PyTorch's forward hooks with always_call run on Exception alone: a KeyboardInterrupt would leave saved-tensor hooks
@@ -18,10 +19,13 @@ from torch._compile import _disable_dynamo
 # try/finally. The name, the state dict, isinstance and all hooks are as before; copies and pickles name the original
 # class, and are free of the scope.
 
-_DYNAMO = "torch._dynamo"
+# Note [What torch.compile sees of a scope]
+# The frame of the new __call__ is skipped, and so is all that opens and closes the scope; what the module itself does
+# is compiled as it was, under the scope's hooks. Inside a compiled model the call is a graph break. The name is that of
+# nn.Module's own __call__: torch.compile(layer) wraps any other skipped function into a frame that it then tries to
+# capture, and with fullgraph=True cannot.
 
-Call = Callable[..., Any]
-Scope = Callable[[Call, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
+Scope = Callable[[], AbstractContextManager[object]]
 
 
 class Attachment:
@@ -35,7 +39,6 @@ class Attachment:
             )
         self._module = weakref.ref(module)
         self._scope: Scope | None = scope
-        self._skipped_by_dynamo = _DYNAMO in sys.modules
         self._class = _subclass(type(module), self)
         try:
             module.__class__ = self._class
@@ -52,12 +55,17 @@ class Attachment:
     def covers(self, module: nn.Module) -> bool:
         return self._scope is not None and (module is self._module() or getattr(module, "_is_replica", False))
 
-    def run(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @unseen
+    def enter(self) -> AbstractContextManager[object]:
         assert self._scope is not None
-        if not self._skipped_by_dynamo and _DYNAMO in sys.modules:
-            self._skipped_by_dynamo = True
-            self._class.__call__ = _disable_dynamo(self._class.__call__, recursive=False)  # type: ignore[method-assign]
-        return self._scope(call, module, args, kwargs)
+        scope = self._scope()
+        scope.__enter__()
+        return scope
+
+    @staticmethod
+    @unseen
+    def leave(scope: AbstractContextManager[object], error: BaseException | None) -> None:
+        scope.__exit__(None if error is None else type(error), error, None if error is None else error.__traceback__)
 
     def detach(self) -> None:
         """Give the module its class back. Where another library has swapped the class since, this one turns inert."""
@@ -71,10 +79,19 @@ class Attachment:
 
 
 def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    # See Note [What torch.compile sees of a scope].
+    @see_through
+    def _wrapped_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not attachment.covers(self):
             return base.__call__(self, *args, **kwargs)
-        return attachment.run(base.__call__, self, args, kwargs)
+        scope = attachment.enter()
+        try:
+            result = base.__call__(self, *args, **kwargs)
+        except BaseException as error:
+            attachment.leave(scope, error)
+            raise
+        attachment.leave(scope, None)
+        return result
 
     def reduce_ex(self: nn.Module, protocol: int) -> Any:
         reduced = base.__reduce_ex__(self, protocol)
@@ -83,9 +100,6 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
         rebuild_args = tuple(base if arg is type(self) else arg for arg in reduced[1])
         return (reduced[0], rebuild_args, *reduced[2:])
 
-    # Importing the compiler takes seconds, so a program that does not compile is spared it: until it is there, only
-    # the mark that it looks for stands on the function (see `Attachment.run`).
-    call._torchdynamo_disable = True  # type: ignore[attr-defined]
     return type(
         base.__name__,
         (base,),
@@ -93,7 +107,7 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "__call__": _disable_dynamo(call, recursive=False) if _DYNAMO in sys.modules else call,
+            "__call__": _wrapped_call_impl,
             "__reduce_ex__": reduce_ex,
             "_lighterage_attachment": attachment,
         },

@@ -5,12 +5,12 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import OffloadError
 from .allocation import Allocation
 from .handles import unpack
-from .hooks import Attachment, Call, Scope
+from .hooks import Attachment
 from .ledger import Ledger, OffloadStats
 from .modules import Residents, SectionModules
 from .packing import Packer
@@ -85,16 +85,9 @@ class Offloader:
 
     def _attach(self) -> None:
         for position, (name, module) in enumerate(self._modules.sections):
-            self._attachments.append(Attachment(module, self._section_scope(name, position)))
+            self._attachments.append(Attachment(module, functools.partial(self._scope, name, position)))
         if self._modules.root is not None:
             self._attachments.append(Attachment(self._modules.root, self._root_scope))
-
-    def _section_scope(self, name: str, position: int) -> Scope:
-        def scope(call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            with self._scope(name, position):
-                return call(module, *args, **kwargs)
-
-        return scope
 
     @contextlib.contextmanager
     def _scope(self, name: str, position: int | None) -> Iterator[LiveSection | None]:
@@ -116,16 +109,18 @@ class Offloader:
         self._note_growth(section, before)
         self.close_section(section)
 
-    def _root_scope(self, call: Call, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    @contextlib.contextmanager
+    def _root_scope(self) -> Iterator[None]:
         reason = self._why_stand_aside()
         if reason is not None:
             self._ledger.stood_aside[(self._modules.root_name, reason)] += 1
-            return call(module, *args, **kwargs)
+            yield
+            return
         between = BetweenSections(self._packer.pack, self)
         self._threads.between.append(between)
         try:
             with torch.autograd.graph.saved_tensors_hooks(between, unpack):
-                return call(module, *args, **kwargs)
+                yield
         finally:
             self._threads.between.remove(between)
             between.end_stretch()

@@ -59,7 +59,7 @@ class Packer:
     def _pack_plain(self, tensor: torch.Tensor, section: Section) -> Offloaded | Kept:
         if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
             return Kept(tensor, section)
-        if tensor.is_nested or tensor.is_quantized:
+        if tensor.is_nested or tensor.is_quantized or tensor._is_zerotensor():
             return Kept(tensor, section)
         row = section.row
         row.saved_bytes += tensor.nbytes

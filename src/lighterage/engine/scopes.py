@@ -7,6 +7,7 @@ from typing import Protocol, cast
 
 import torch
 
+from ..unseen import unseen
 from .handles import Handle
 from .sections import Section
 
@@ -22,6 +23,7 @@ class Recorder:
         self._pack = pack
         self._section = section
 
+    @unseen
     def __call__(self, tensor: torch.Tensor) -> Handle:
         return self._pack(tensor, self._section)
 
@@ -43,6 +45,7 @@ class BetweenSections:
         self._position = -1
         self._section: Section | None = None
 
+    @unseen
     def __call__(self, tensor: torch.Tensor) -> Handle:
         if self._section is None:
             self._section = self._gaps.open_gap(self._position)

@@ -1,0 +1,30 @@
+"""Keeps torch.compile out of frames that are none of its business, at no cost to each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch._C._dynamo import eval_frame
+
+# torch.compiler.disable does the same, at a microsecond a call on the hottest path there is; and it imports the whole
+# of torch._dynamo, seconds of it, into programs that compile nothing.
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def unseen(function: _Function) -> _Function:
+    """Run `function`, and all that it calls, as plain Python; where it is called, a graph ends."""
+    return _skip(function, eval_frame._FrameAction.SKIP)
+
+
+def see_through(function: _Function) -> _Function:
+    """Run the frame of `function` as plain Python; what it calls is compiled as ever."""
+    return _skip(function, eval_frame._FrameAction.DEFAULT)
+
+
+def _skip(function: _Function, callees: eval_frame._FrameAction) -> _Function:
+    strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, callees)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
