@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 from typing import ClassVar, Literal, Protocol, cast
 
 import torch
@@ -175,11 +174,11 @@ def upload_ends(rows: SplitRows, device: torch.device) -> torch.Tensor:
 
     The copy leaves from pinned memory, whose allocator keeps it until the copy is done and then uses it again.
     """
-    ends = torch.frombuffer(array("q", accumulate(rows.rows)), dtype=torch.int64)
+    sizes = torch.frombuffer(array("q", rows.rows), dtype=torch.int64)
     if device.type == "cpu":
-        return ends
+        return sizes.cumsum(0)
     staging = torch.empty(len(rows.rows), dtype=torch.int64, pin_memory=True)
-    return staging.copy_(ends).to(device, non_blocking=True)
+    return torch.cumsum(sizes, 0, out=staging).to(device, non_blocking=True)
 
 
 def _fill_with_reference(x_MK: torch.Tensor, rows: SplitRows, source: BulkSource, quantizer: BulkQuantizer) -> None:
