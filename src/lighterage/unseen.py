@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import TypeVar
 
 from torch._C._dynamo import eval_frame
 
-# torch.compiler.disable does the same, at a microsecond a call on the hottest path there is; and it imports the whole
+# torch.compiler.disable does the same at a microsecond a call, on the hottest path there is; and it imports the whole
 # of torch._dynamo, seconds of it, into programs that compile nothing.
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
+_WHY = (
+    "a lighterage section begins or ends here, which a graph cannot hold. Compile each layer by itself, "
+    "layer.compile(fullgraph=True), or leave fullgraph out: the model then becomes one graph a layer"
+)
+
+_Result = TypeVar("_Result", covariant=True)
+_Function = TypeVar("_Function", bound=Callable[..., object])
 
 
 def unseen(function: _Function) -> _Function:
@@ -27,4 +35,24 @@ def _skip(function: _Function, callees: eval_frame._FrameAction) -> _Function:
     strategy = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, callees)
     eval_frame.set_code_exec_strategy(function.__code__, strategy)
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    function._torchdynamo_disable_msg = _WHY  # type: ignore[attr-defined]
     return function
+
+
+class Unseen(AbstractContextManager[_Result]):
+    """A context manager that is entered and left as plain Python; what its block does is compiled as ever."""
+
+    __slots__ = ("_context",)
+
+    def __init__(self, context: AbstractContextManager[_Result]) -> None:
+        self._context = context
+
+    @unseen
+    def __enter__(self) -> _Result:
+        return self._context.__enter__()
+
+    @unseen
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        return self._context.__exit__(kind, error, traceback)
