@@ -73,7 +73,7 @@ def test_the_clock_passes_every_place_of_a_step():
 def test_live_bytes_counts_what_a_step_made_and_nothing_else():
     clock = StepClock([], torch.device("cpu"))
     before = torch.zeros(1000)
-    live = LiveBytes(clock, torch.device("cpu"))
+    live = LiveBytes(clock, torch.device("cpu"), [before])
     with live, clock.step():
         made = before + 1
         view = made[10:]
@@ -88,12 +88,35 @@ def test_live_bytes_counts_what_a_step_made_and_nothing_else():
 
 def test_live_bytes_sees_a_storage_emptied_in_place():
     clock = StepClock([], torch.device("cpu"))
-    live = LiveBytes(clock, torch.device("cpu"))
+    live = LiveBytes(clock, torch.device("cpu"), [])
     with live, clock.step():
         made = torch.ones(1000)
         made.untyped_storage().resize_(0)
         torch.ones(1)
     assert live.samples[-1][1] == 4
+
+
+def test_live_bytes_sees_memory_taken_below_the_dispatcher():
+    """The offloader brings bytes back without a word to dispatch modes; a peak without them would flatter it."""
+    clock = StepClock([], torch.device("cpu"))
+    live = LiveBytes(clock, torch.device("cpu"), [])
+    with live, clock.step():
+        with torch._C._DisableTorchDispatch():
+            hidden = torch.empty(1000)
+        torch.ones(1)
+    assert live.samples[-1][1] == 4004
+    del hidden
+
+
+def test_the_watched_step_sees_what_comes_back():
+    """Backward needs each layer's saved tensors on the device, so no layer's backward can hold less than they are."""
+    sizes = DemoConfig(steps=3, layers=4, hidden=128, seq=128, batch=4, keep_last=1)
+    moved = train(sizes, standard_library_text(100_000), offload=True, on_step=lambda step, loss: None)
+    assert moved.stats is not None
+    bytes_a_layer = moved.stats.bytes_in / (sizes.layers - sizes.keep_last)
+    # The first layer is the last that backward comes to.
+    at_the_end = [moved.live_bytes[i] for i, ms in enumerate(moved.times_ms) if ms > 0.85 * moved.times_ms[-1]]
+    assert max(at_the_end) > bytes_a_layer
 
 
 def test_samples_spread_over_the_times_of_their_places():

@@ -6,11 +6,11 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Self
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -91,16 +91,26 @@ class LiveBytes(TorchDispatchMode):
         self._resident = {tensor.untyped_storage()._cdata for tensor in resident}
         self._known: dict[int, StorageWeakRef] = {}
         self._base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        self._empties = _Empties(self._know)
+        self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         super().__enter__()  # type: ignore[no-untyped-call]
-        self._empties.__enter__()  # type: ignore[no-untyped-call]
+        # The offloader takes the memory for what it brings back below all modes, so that they do not see it: the one
+        # function that it takes it with is watched by name.
+        self._stack.enter_context(mock.patch.object(torch, "empty", self._watching(torch.empty)))
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._empties.__exit__(*error)  # type: ignore[no-untyped-call]
+        self._stack.close()
         super().__exit__(*error)  # type: ignore[no-untyped-call]
+
+    def _watching(self, empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def watched(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = empty(*args, **kwargs)
+            self._know(tensor)
+            return tensor
+
+        return watched
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -133,22 +143,6 @@ class LiveBytes(TorchDispatchMode):
         for key in dead:
             del self._known[key]
         return total
-
-
-class _Empties(TorchFunctionMode):
-    """Sees memory that is asked for below the dispatcher's modes, as by the offloader for what it brings back."""
-
-    def __init__(self, know: Callable[[object], None]) -> None:
-        super().__init__()
-        self._know = know
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.empty:
-            self._know(result)
-        return result
 
 
 def _storages(tree: object) -> Iterator[torch.UntypedStorage]:

@@ -90,8 +90,7 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
             with live or contextlib.nullcontext(), clock.step():
                 loss = model(text_BT, next_BT)
                 clock.mark()
-                # Not `loss.backward()`: that runs outside the modes with which `LiveBytes` watches it.
-                torch.autograd.backward(loss)
+                loss.backward()
             step_peak = _end_peak(device, base)
             optimizer.step()
             _synchronize(device)
