@@ -37,4 +37,4 @@ def offload(modules: nn.Module | Iterable[nn.Module], policy: Policy | None = No
     if unknown:
         raise TypeError(f"offload has no option {unknown[0]!r}. The fields of Policy are: {', '.join(sorted(fields))}.")
     chosen = dataclasses.replace(policy, **shorthands) if policy is not None else Policy(**shorthands)
-    return Offloader(modules if isinstance(modules, nn.Module) else list(modules), chosen)
+    return Offloader(modules, chosen)

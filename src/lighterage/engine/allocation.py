@@ -10,7 +10,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import spans
-from .lanes import Fence, Resting, Source, Transport, Wait
+from .lanes import FINISHED, Fence, Resting, Source, Transport, Wait
 from .ledger import Row
 from .spans import Span
 from .views import InPlaceWatch, ViewSpec, rebuild
@@ -248,7 +248,7 @@ class Allocation:
         else:
             memory = self.transport.allocate(hi - lo + CONGRUENCE)
             start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
-        return _Buffer(lo, hi, memory, start - lo, _NEVER, set())
+        return _Buffer(lo, hi, memory, start - lo, FINISHED, set())
 
     def returning(self, fence: Fence, unused: dict[int, int]) -> None:
         """The copies that `room` named are under way. Until its first use it counts in `unused`."""
@@ -296,7 +296,7 @@ class Allocation:
             self._unused.pop(id(self), None)
         read: list[Fence] = []
         for buffer in self.buffers:
-            if buffer.fence is not _NEVER:
+            if buffer.fence is not FINISHED:
                 read.append(buffer.fence)
                 if not buffer.ordered:
                     self.transport.bury(buffer.storage, buffer.fence)
@@ -322,19 +322,3 @@ class _All:
         for fence in self.fences:
             wait = fence.order()
         return wait
-
-
-class _Never:
-    """The fence of a buffer that no copy was started for."""
-
-    def done(self) -> bool:
-        return True
-
-    def wait(self) -> None:
-        pass
-
-    def order(self) -> Wait | None:
-        return None
-
-
-_NEVER: Fence = _Never()

@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from ..errors import OffloadError
-from .lanes import Fence, Resting, Source
+from .lanes import FINISHED, Fence, Resting, Source
 from .views import byte_view
 
 
@@ -164,7 +164,7 @@ class _Rested:
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self.left: Fence
+        self.left: Fence = FINISHED
 
     @property
     def nbytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
@@ -12,7 +13,8 @@ from ..errors import OffloadError
 from .arena import Arena, Block
 from .cpu import WorkerFence, WorkerLane
 from .disk import DiskStore, Extent
-from .lanes import Fence, Resting, Source
+from .lanes import FINISHED, Fence, Resting, Source
+from .units import round_up
 from .views import byte_view
 
 # Note [Block lifetime across lanes]
@@ -22,6 +24,10 @@ from .views import byte_view
 # waits for the copy (`order` at release, `bury` where a finalizer drops it). A reloaded range is written by the inbound
 # lane: it is allocated on the stream that asks for it, the lane waits for that stream first (the allocator may have
 # handed out memory that earlier work still uses), and each stream that reads it waits for the copy.
+
+
+# Ranges that share a block start on multiples of this many bytes.
+_ROOM = 512
 
 
 class CudaPinner:
@@ -144,25 +150,67 @@ class _Streams:
         return EventFence(self, lane)
 
 
+def _await(lane: torch.Stream, fence: Fence) -> None:
+    """Make `lane` come after `fence`, which is that of another lane of some device."""
+    if isinstance(fence, EventFence):
+        lane.wait_event(fence.event)
+    else:
+        fence.wait()
+
+
+class _Shared:
+    """One block for all that was evicted together. It is given back when the last of them has been."""
+
+    __slots__ = ("_fences", "_users", "block")
+
+    def __init__(self, block: Block, num_users: int) -> None:
+        self.block = block
+        self._users = [None] * num_users
+        self._fences: list[Fence] = []
+
+    def retire(self, fences: Iterable[Fence]) -> None:
+        # Called from finalizers in any thread: each list operation is atomic, and the last pop tells the last user.
+        self._fences.extend(fences)
+        self._users.pop()
+        if not self._users:
+            self.block.retire(self._fences)
+
+
 class _RestedInHost:
     """Bytes in a pinned block."""
 
-    __slots__ = ("block", "left")
+    __slots__ = ("_retired", "_shared", "left", "nbytes", "parts")
 
-    def __init__(self, block: Block) -> None:
-        self.block = block
-        self.left: Fence
+    def __init__(self, shared: _Shared, lo: int, nbytes: int) -> None:
+        self._shared = shared
+        self._retired = [False]
+        self.nbytes = nbytes
+        self.parts = _slice(shared.block.parts, lo, lo + nbytes)
+        self.left: Fence = FINISHED
 
     @property
-    def nbytes(self) -> int:
-        return self.block.nbytes
+    def block(self) -> Block:
+        return self._shared.block
 
     def retire(self, fences: Iterable[Fence] = ()) -> None:
-        self.block.retire((self.left, *fences))
+        if self._retired:
+            self._retired.pop()
+            self._shared.retire((self.left, *fences))
 
 
-def _copy_out(block: Block, data: torch.Tensor) -> None:
-    parts = block.parts
+def _slice(parts: tuple[torch.Tensor, ...], lo: int, hi: int) -> tuple[torch.Tensor, ...]:
+    if len(parts) == 1:
+        return parts if hi - lo == parts[0].numel() else (parts[0][lo:hi],)
+    cut = []
+    for part in parts:
+        size = part.numel()
+        if lo < size and hi > 0:
+            cut.append(part[max(0, lo) : min(size, hi)])
+        lo, hi = lo - size, hi - size
+    return tuple(cut)
+
+
+def _copy_out(parts: tuple[torch.Tensor, ...], data: torch.Tensor) -> None:
     if len(parts) == 1:
         parts[0].copy_(data, non_blocking=True)
         return
@@ -172,8 +220,7 @@ def _copy_out(block: Block, data: torch.Tensor) -> None:
         at += part.numel()
 
 
-def _copy_in(data: torch.Tensor, block: Block) -> None:
-    parts = block.parts
+def _copy_in(data: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
     if len(parts) == 1:
         data.copy_(parts[0], non_blocking=True)
         return
@@ -246,31 +293,34 @@ class HostTransport(_Accelerator):
         return self._arena.refusal
 
     def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
-        rested: list[Resting | None] = []
-        work: list[tuple[_RestedInHost, torch.Tensor]] = []
-        for storage, lo, hi in sources:
-            block = self._arena.acquire(hi - lo)
-            if block is None:
-                rested.append(None)
-                continue
-            one = _RestedInHost(block)
-            work.append((one, byte_view(storage, lo, hi)))
-            rested.append(one)
+        placed = self._place([hi - lo for _, lo, hi in sources])
+        work = [(one, source) for one, source in zip(placed, sources, strict=True) if one is not None]
         if work:
             streams = self._streams
             lane, current = streams.outbound, streams.current()
             streams.after(current, lane)
-            for one, _ in work:
-                for fence in one.block.fences:
-                    lane.wait_event(fence.event)  # type: ignore[attr-defined]
+            for block in {id(one.block): one.block for one, _ in work}.values():
+                for earlier in block.fences:
+                    _await(lane, earlier)
             with streams.on(lane, current):
-                for one, data in work:
+                for one, (storage, lo, hi) in work:
+                    data = byte_view(storage, lo, hi)
                     self._claim(data, lane, current)
-                    _copy_out(one.block, data)
+                    _copy_out(one.parts, data)
                 left = streams.fence(lane)
             for one, _ in work:
                 one.left = left
-        return rested
+        return list(placed)
+
+    def _place(self, sizes: Sequence[int]) -> list[_RestedInHost | None]:
+        """Room for ranges that leave together: one block if there is one, or one each."""
+        starts = list(itertools.accumulate((round_up(size, _ROOM) for size in sizes), initial=0))
+        block = self._arena.acquire(starts[-1]) if len(sizes) > 1 else None
+        if block is not None:
+            shared = _Shared(block, len(sizes))
+            return [_RestedInHost(shared, lo, size) for lo, size in zip(starts, sizes, strict=False)]
+        blocks = [self._arena.acquire(size) for size in sizes]
+        return [None if one is None else _RestedInHost(_Shared(one, 1), 0, one.nbytes) for one in blocks]
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         streams = self._streams
@@ -283,9 +333,9 @@ class HostTransport(_Accelerator):
                 for resting, data in batch:
                     if resting.left is not waited:
                         waited = resting.left
-                        lane.wait_event(waited.event)  # type: ignore[attr-defined]
+                        _await(lane, waited)
                     self._claim(data, lane, current)
-                    _copy_in(data, resting.block)  # type: ignore[attr-defined]
+                    _copy_in(data, resting.parts)  # type: ignore[attr-defined]
                 fences.append(streams.fence(lane))
         return fences
 
@@ -302,8 +352,8 @@ class _RestedOnDisk:
 
     def __init__(self, extent: Extent) -> None:
         self.extent = extent
-        self.left: Fence
-        self.written: WorkerFence
+        self.left: Fence = FINISHED
+        self.written: Fence = FINISHED
 
     @property
     def nbytes(self) -> int:
@@ -354,9 +404,9 @@ class DiskTransport(_Accelerator):
             data = byte_view(storage, lo, hi)
             with streams.on(lane, current):
                 self._claim(data, lane, current)
-                for fence in block.fences:
-                    lane.wait_event(fence.event)  # type: ignore[attr-defined]
-                _copy_out(block, data)
+                for earlier in block.fences:
+                    _await(lane, earlier)
+                _copy_out(block.parts, data)
                 left = streams.fence(lane)
             one = _RestedOnDisk(extent)
             one.left = left
@@ -414,7 +464,7 @@ class DiskTransport(_Accelerator):
                     at += part.numel()
                 with self._streams.on(lane, back_to):
                     self._claim(data, lane, current)
-                    _copy_in(data, block)
+                    _copy_in(data, block.parts)
                     copied = self._streams.fence(lane)
                 block.retire((copied,))
                 fence.copied = copied

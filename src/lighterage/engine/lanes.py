@@ -39,6 +39,22 @@ class Fence(Protocol):
         ...
 
 
+class _Finished:
+    """The fence of copies that were never started."""
+
+    def done(self) -> bool:
+        return True
+
+    def wait(self) -> None:
+        pass
+
+    def order(self) -> Wait | None:
+        return None
+
+
+FINISHED: Fence = _Finished()
+
+
 class Resting(Protocol):
     """The bytes of one range, away from the device."""
 

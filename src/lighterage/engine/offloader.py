@@ -9,7 +9,7 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 
 import torch
@@ -48,7 +48,7 @@ class Offloader:
 
     def __init__(
         self,
-        modules: nn.Module | Sequence[nn.Module],
+        modules: nn.Module | Iterable[nn.Module],
         policy: Policy,
         *,
         before_copies: Callable[[], None] | None = None,

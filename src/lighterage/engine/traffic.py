@@ -19,6 +19,8 @@ from .views import ViewSpec
 
 # Copies start when so much has been gathered and another allocation is saved: one pair of events serves them all.
 GATHER_BYTES = 4 << 20
+# The window is filled up again once so much of it has been used: several copies then share a pair of events.
+REFILL_AT = 0.75
 
 
 class StillAlive:
@@ -61,14 +63,15 @@ class Traffic:
         on = (allocation.transport.stream_key(), allocation.transport)
         if self._gathered_on is not None and self._gathered_on != on:
             self.flush()
-        if self._gathered and self._gathered[-1] is allocation:
-            self._gathered_bytes += fresh
-            return
-        if self._gathered_bytes >= GATHER_BYTES:
+        gathered = self._gathered
+        if self._gathered_bytes >= GATHER_BYTES and gathered[-1] is not allocation:
             self.flush()
+            gathered = self._gathered
         self._gathered_on = on
-        self._gathered.append(allocation)
         self._gathered_bytes += fresh
+        # Saves may take turns between two allocations: each is queued once, and copied whole.
+        if not any(one is allocation for one in gathered):
+            gathered.append(allocation)
 
     def flush(self) -> None:
         """Start copying what was gathered."""
@@ -200,6 +203,8 @@ class Traffic:
             return
         current = None if self._current is None else self._current()
         unused = sum(self._unused.values()) + (0 if current is None else current.unused_bytes)
+        if unused > REFILL_AT * self._window:
+            return
         next_ones: list[Allocation] = []
         while self._queue:
             allocation = self._queue[0]()
