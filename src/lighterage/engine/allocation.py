@@ -202,6 +202,11 @@ class Allocation:
         self._pieces.clear()
 
     @property
+    def moved(self) -> bool:
+        """Whether bytes of it were copied out."""
+        return bool(self._pieces)
+
+    @property
     def leaving(self) -> Fence | None:
         """After this the device memory may go. None: there is nothing to let go of, or not yet."""
         if self.stage is Stage.HELD and self.kept is None and not self.pending and not self.wanted:

@@ -93,12 +93,14 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
         attachment.leave(scope, None)
         return result
 
-    def reduce_ex(self: nn.Module, protocol: int) -> Any:
+    def reduce_ex(self: nn.Module, protocol: Any) -> Any:
         reduced = base.__reduce_ex__(self, protocol)
         if not isinstance(reduced, tuple):
             return reduced
-        rebuild_args = tuple(base if arg is type(self) else arg for arg in reduced[1])
-        return (reduced[0], rebuild_args, *reduced[2:])
+        # Pickle checks copyreg.__newobj__ against the object's class, which is not the one that is wanted.
+        make = object.__new__ if reduced[0] is copyreg.__newobj__ else reduced[0]  # type: ignore[attr-defined]
+        arguments = tuple(base if argument is type(self) else argument for argument in reduced[1])
+        return (make, arguments, *reduced[2:])
 
     return type(
         base.__name__,

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import OffloadError
+from ..unseen import Unseen, unseen
 from .allocation import Allocation
 from .handles import unpack
 from .hooks import Attachment
@@ -142,6 +143,7 @@ class Offloader:
             with self._lock:
                 self._pass_section()
 
+    @unseen
     def section(self, name: str) -> contextlib.AbstractContextManager[LiveSection | None]:
         """A section around code that is not an nn.Module. Entering gives the section, or None where it stands aside.
 
@@ -158,7 +160,7 @@ class Offloader:
             raise ValueError('a section needs a name that tells its code: offloader.section("encoder").')
         if self._closed:
             raise OffloadError(f"section({name!r}) came after close(). Make a new offloader with lighterage.offload.")
-        return self._scope(name, None)
+        return Unseen(self._scope(name, None))
 
     # --- sections -------------------------------------------------------------------------------------------------
 

@@ -83,6 +83,8 @@ class Packer:
                 allocation = None
             if allocation is not None:
                 if reason is not None:
+                    if allocation.moved:  # by an earlier section, for nothing
+                        self._traffic.still_alive.add(allocation)
                     allocation.keep(reason, storage)
                 else:
                     reason = allocation.kept
