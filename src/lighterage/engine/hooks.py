@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -97,10 +98,12 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
         reduced = base.__reduce_ex__(self, protocol)
         if not isinstance(reduced, tuple):
             return reduced
-        # Pickle checks copyreg.__newobj__ against the object's class, which is not the one that is wanted.
-        make = object.__new__ if reduced[0] is copyreg.__newobj__ else reduced[0]  # type: ignore[attr-defined]
-        arguments = tuple(base if argument is type(self) else argument for argument in reduced[1])
-        return (make, arguments, *reduced[2:])
+        make, arguments, *state = reduced
+        arguments = tuple(base if argument is type(self) else argument for argument in arguments)
+        if getattr(make, "__name__", "") in ("__newobj__", "__newobj_ex__"):
+            # A function of this name pickle holds to the object's own class, which is not the one that is wanted.
+            make, arguments = functools.partial(make, *arguments), ()
+        return (make, arguments, *state)
 
     return type(
         base.__name__,
