@@ -21,7 +21,8 @@ from .views import byte_view
 # A host block is written by the outbound lane and read by the inbound lane. Whoever writes it next must come after
 # both: the block carries the fences of its earlier users, and the outbound lane waits for them before it copies.
 # A device range is read by the outbound lane: its memory goes back to the allocator only after the stream that frees it
-# waits for the copy (`order` at release, `bury` where a finalizer drops it). A reloaded range is written by the inbound
+# waits for the copy (`order` at release); where a finalizer drops it while it is copied, it is buried, and the
+# allocator is told of the lane. A reloaded range is written by the inbound
 # lane: it is allocated on the stream that asks for it, the lane waits for that stream first (the allocator may have
 # handed out memory that earlier work still uses), and each stream that reads it waits for the copy.
 
@@ -266,16 +267,20 @@ class _Accelerator:
             data.record_stream(current)
 
     def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
-        self._buried.append((storage, fence))
+        if not fence.done():
+            self._buried.append((storage, fence))
 
     def tidy(self) -> None:
         while self._buried:
             try:
                 storage, fence = self._buried.popleft()
-            except IndexError:
+            except IndexError:  # another thread was faster
                 return
-            fence.order()
-            del storage
+            if not fence.done():
+                # Nobody wants these bytes any more: rather than wait, leave it to the allocator to watch the lanes.
+                data = byte_view(storage, 0, storage.nbytes())
+                data.record_stream(self._streams.outbound)
+                data.record_stream(self._streams.inbound)
 
     def device_bytes(self) -> int | None:
         return int(torch.accelerator.memory_allocated(self.device))

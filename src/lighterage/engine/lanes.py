@@ -116,7 +116,7 @@ class Transport(Protocol):
         ...
 
     def tidy(self) -> None:
-        """Drop what was buried, ordered after its copies."""
+        """Drop what was buried: its memory is used again only after its copies."""
         ...
 
     def device_bytes(self) -> int | None:

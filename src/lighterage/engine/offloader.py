@@ -251,6 +251,7 @@ class Offloader:
             if section.visited or section.index is None:
                 return
             section.visited = True
+            self._drop_buried()
             self._order.visited(section.index)
             ahead: list[Section] = []
             wanted = self._policy.prefetch_ahead
@@ -327,11 +328,14 @@ class Offloader:
 
     # --- housekeeping ---------------------------------------------------------------------------------------------
 
-    def _tidy(self) -> None:
-        """Take note of what finalizers left behind: sections that ended, memory that was buried."""
+    def _drop_buried(self) -> None:
         for transport in self._packer.transports.values():
             if transport is not None:
                 transport.tidy()
+
+    def _tidy(self) -> None:
+        """Take note of what finalizers left behind: sections that ended, memory that was buried."""
+        self._drop_buried()
         while self._ended:
             step, index = self._ended.popleft()
             if step == self._ledger.num_steps:
