@@ -257,7 +257,7 @@ def test_a_read_error_is_told_in_backward_and_the_next_step_is_right(
     loss = twins.forward(twins.model)
     with monkeypatch.context() as patch:
         refuse("preadv", errno.EIO, patch, lambda n: n >= first)
-        text = told(lambda: loss.backward())
+        text = told(loss.backward)
         assert "Input/output error" in text and "Check the disk" in text
     del loss
     twins.model.zero_grad()
@@ -270,7 +270,7 @@ def test_a_read_that_failed_does_not_spoil_another_graph(folder: Path, monkeypat
     doomed, good = twins.forward(twins.model), twins.forward(twins.model)
     with monkeypatch.context() as patch:
         refuse("preadv", errno.EIO, patch, lambda n: n == 0)
-        told(lambda: doomed.backward())
+        told(doomed.backward)
     del doomed
     twins.model.zero_grad()
     twins.check(good)
@@ -294,7 +294,7 @@ def test_a_damaged_file_is_told_where_checksums_are_asked_for(
         patch.setattr(os, "pwrite", flipping)
         loss = twins.forward(twins.model)
     if checksums:
-        text = told(lambda: loss.backward())
+        text = told(loss.backward)
         assert "checksum of" in text and "damaged" in text
     else:
         loss.backward()  # the test's damage is real, and nothing looks
