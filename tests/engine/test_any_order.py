@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lighterage
 from lighterage import OffloadError, Policy
+from lighterage.engine.cpu import CpuTransport
 from lighterage.engine.offloader import Offloader
 from tests.engine.programs import (
     PLANS,
@@ -34,6 +35,7 @@ from tests.engine.programs import (
     offloaded,
     train,
     twin,
+    wait_until,
     weak,
 )
 
@@ -599,7 +601,7 @@ def test_backward_from_several_threads_gives_the_same_bits(plan: dict[str, Any],
 
 
 def test_backward_of_one_graph_from_several_threads_gives_the_same_bits() -> None:
-    """One packed object may be unpacked by several threads at once."""
+    """One packed object may be unpacked by several threads at once, and is brought back once."""
     model = mlp_stack(4)
     policy = Policy(min_bytes=64, keep_last=0, release_after=0, prefetch_ahead=2)
     weights = list(model.parameters())
@@ -621,6 +623,34 @@ def test_backward_of_one_graph_from_several_threads_gives_the_same_bits() -> Non
         assert_nothing_left(offloader)
         stats = offloader.stats()
         assert stats.bytes_in == stats.bytes_out > 0
+
+
+def test_an_allocation_that_several_threads_ask_for_at_once_comes_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocate = CpuTransport.allocate
+
+    def slowly(transport: CpuTransport, nbytes: int) -> torch.UntypedStorage:
+        time.sleep(0.01)  # lets the other threads come in the middle of it
+        return allocate(transport, nbytes)
+
+    monkeypatch.setattr(CpuTransport, "allocate", slowly)
+    log: list[Any] = []
+    with offloaded([mlp_layer()]) as offloader:
+        x = batch()
+        with offloader.section("shared"):
+            saved = x.detach().clone()
+            outs = [Save.apply(x, log, saved[i:]) for i in range(5)]
+            wanted = sorted(str(bits(saved[i:])) for i in range(5))
+            del saved
+        threads = [threading.Thread(target=lambda out=out: torch.autograd.grad(out.sum(), x)) for out in outs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        outs.clear()
+        del threads, thread
+        assert sorted(str(entry[0][0]) for entry in log) == wanted
+        stats = offloader.stats()
+        assert (stats.copies_in, stats.bytes_in) == (1, WIDTH * WIDTH * 4)
 
 
 @both_tiers
@@ -670,7 +700,7 @@ def test_a_dropped_graph_gives_everything_back_without_the_garbage_collector() -
                 deadline = time.monotonic() + 5.0
                 while not all(ref.expired() for ref in refs) and time.monotonic() < deadline:
                     time.sleep(0.001)
-                assert all(ref.expired() for ref in refs)
+                assert wait_until(lambda: all(ref.expired() for ref in refs))
 
 
 def test_a_live_section_is_listed_until_its_graph_is_gone() -> None:

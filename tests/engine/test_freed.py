@@ -13,7 +13,19 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lighterage import Policy
 from lighterage.engine.offloader import Offloader
-from tests.engine.programs import WIDTH, Layer, Save, Stack, batch, both_tiers, mlp_stack, offloaded, train, weak
+from tests.engine.programs import (
+    WIDTH,
+    Layer,
+    Save,
+    Stack,
+    batch,
+    both_tiers,
+    mlp_stack,
+    offloaded,
+    train,
+    wait_until,
+    weak,
+)
 from tests.engine.test_same_bits import Pair
 
 N = WIDTH * WIDTH * 4
@@ -375,7 +387,7 @@ def test_keep_last_keeps_the_last_sections() -> None:
         del out
         stats = offloader.stats()
         assert (stats.bytes_out, stats.kept_bytes) == (3 * N, 2 * N)
-        assert watched.gone == [True] * 5
+        assert wait_until(lambda: watched.gone == [True] * 5)
 
 
 def test_keep_last_of_sections_named_in_code_is_known_from_the_second_step() -> None:
@@ -408,4 +420,4 @@ def test_what_backward_already_used_on_the_device_is_not_thrown_away_in_front_of
         loss.backward()
         del loss, section
         assert offloader.stats().bytes_in == 0
-        assert watched.gone == [True]
+        assert wait_until(lambda: watched.gone == [True])

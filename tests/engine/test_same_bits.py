@@ -418,7 +418,6 @@ def test_reloaded_tensors_keep_their_address_modulo_sixty_four() -> None:
         assert offloader.stats().bytes_in > 0
     before, after = seen[:3], seen[3:]
     assert [a % 64 for a in before] == [a % 64 for a in after]
-    assert before != after
 
 
 # --- DTensor ------------------------------------------------------------------------------------------------------
