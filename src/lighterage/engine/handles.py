@@ -21,13 +21,12 @@ if TYPE_CHECKING:
 class Kept:
     """A saved tensor that stays where it is."""
 
-    __slots__ = ("_section", "_tensor", "_unused_bytes", "_version")
+    __slots__ = ("_section", "_tensor", "_version")
 
-    def __init__(self, tensor: torch.Tensor, section: Section, unused_bytes: int = 0) -> None:
+    def __init__(self, tensor: torch.Tensor, section: Section) -> None:
         alias = self._tensor = tensor.detach()
         self._version = alias._version
         self._section = section
-        self._unused_bytes = unused_bytes
 
     def unpack(self) -> torch.Tensor:
         tensor = self._tensor
@@ -35,9 +34,6 @@ class Kept:
             raise changed_in_place(type_name(tensor), tensor.shape, self._version, tensor._version, self._section.name)
         if not self._section.visited:
             self._section.visit()
-        if self._unused_bytes:
-            self._section.owner.used(self._section, self._unused_bytes)
-            self._unused_bytes = 0
         return tensor
 
 

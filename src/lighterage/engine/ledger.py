@@ -90,20 +90,19 @@ class Step:
         self._kept: dict[int, list[spans.Span]] = {}
         self._waits: list[tuple[Row, Wait]] = []
 
-    def note_kept(self, row: Row, key: int, lo: int, hi: int, reason: str) -> int:
-        """Count a kept range, but for what another save of this step kept of it. The bytes counted."""
+    def note_kept(self, row: Row, key: int, lo: int, hi: int, reason: str) -> None:
+        """Count a kept range, but for what another save of this step kept of it."""
         known = self._kept.get(key)
         if known is None:
             self._kept[key] = [(lo, hi)]
             fresh = hi - lo
         elif (lo, hi) in known:
-            return 0
+            return
         else:
             fresh = sum(b - a for a, b in spans.subtract((lo, hi), known))
             self._kept[key] = spans.merge([*known, (lo, hi)])
         row.unique_bytes += fresh
         row.kept[reason] = row.kept.get(reason, 0) + fresh
-        return fresh
 
     def note_wait(self, row: Row, wait: Wait) -> None:
         self._waits.append((row, wait))

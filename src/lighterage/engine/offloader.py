@@ -268,11 +268,6 @@ class Offloader:
         """The saved tensor that `spec` describes over `allocation`, on the device."""
         return self._traffic.load(allocation, spec)
 
-    def used(self, section: Section, nbytes: int) -> None:
-        """Backward has asked for `nbytes` that `section` kept: as many more may be on their way back."""
-        with self._lock:
-            self._traffic.used(section, nbytes)
-
     @property
     def sections(self) -> list[LiveSection]:
         """The live sections, in the order of forward: those of which something saved still waits for backward."""

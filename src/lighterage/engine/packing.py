@@ -16,7 +16,7 @@ from .lanes import Transport
 from .ledger import Ledger
 from .modules import Residents
 from .policy import Policy
-from .sections import KEEP_LAST, Section
+from .sections import Section
 from .stores import Stores
 from .traffic import Traffic
 from .views import InPlaceWatch, byte_range, describe
@@ -89,11 +89,8 @@ class Packer:
                 else:
                     reason = allocation.kept
             if reason is not None or transport is None:
-                fresh = self._ledger.step.note_kept(row, key, lo, hi, reason or "on another device")
-                if reason != KEEP_LAST:
-                    return Kept(tensor, section)
-                section.unused_bytes += fresh
-                return Kept(tensor, section, fresh)
+                self._ledger.step.note_kept(row, key, lo, hi, reason or "on another device")
+                return Kept(tensor, section)
             watch = InPlaceWatch(tensor)
             if allocation is None or not allocation.takes(lo, hi):
                 allocation = Allocation(transport, storage, watch, row, tensor.shape)

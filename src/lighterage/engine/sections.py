@@ -35,7 +35,6 @@ class Section:
         "owner",
         "row",
         "undecided",
-        "unused_bytes",
         "visited",
     )
 
@@ -55,8 +54,6 @@ class Section:
         self.row = Row(name, gap)
         self.allocations: dict[int, weakref.ref[Allocation]] = {}
         self.undecided: list[weakref.ref[Allocation]] = []
-        self.unused_bytes = 0
-        """Bytes that stay because of `keep_last` and that backward has not asked for yet."""
 
     def visit(self) -> None:
         """Backward has come to this section."""

@@ -51,7 +51,6 @@ class Traffic:
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
         self._unused: dict[int, int] = {}
         self._window = 0
-        self._current: weakref.ref[Section] | None = None
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -188,21 +187,13 @@ class Traffic:
             return
         later = [allocation for one in upcoming for allocation in _away(one)]
         self._window = max(sum(a.nbytes for a in later), sum(a.nbytes for a in away))
-        self._current = weakref.ref(section)
         self._queue = collections.deque(weakref.ref(allocation) for allocation in [*away, *later])
         self._pump()
-
-    def used(self, section: Section, nbytes: int) -> None:
-        """Bytes that `section` kept are being used."""
-        section.unused_bytes = max(0, section.unused_bytes - nbytes)
-        if self._queue:
-            self._pump()
 
     def _pump(self) -> None:
         if not self._queue:
             return
-        current = None if self._current is None else self._current()
-        unused = sum(self._unused.values()) + (0 if current is None else current.unused_bytes)
+        unused = sum(self._unused.values())
         if unused > REFILL_AT * self._window:
             return
         next_ones: list[Allocation] = []

@@ -254,7 +254,7 @@ def split_quantize_fp8_block(
     power_of_2: bool,
     epsilon: float,
     block_2d: bool,
-    blocks_per_program: int = 4,
+    blocks_per_program: int = 1,
     num_warps: int = 8,
     num_stages: int = 1,
     max_registers: int | None = 128,

@@ -135,7 +135,7 @@ def split_quantize_mxfp8(
     fp8_dtype: torch.dtype,
     tile_m: int = 32,
     tile_k: int = 256,
-    tiles_per_program: int = 4,
+    tiles_per_program: int = 1,
     num_warps: int = 4,
     num_stages: int = 1,
     max_registers: int | None = None,
