@@ -270,7 +270,7 @@ ACCEPTED = [
 @pytest.mark.parametrize("program", ACCEPTED, ids=lambda fn: fn.__name__.strip("_"))
 def test_what_pytorch_accepts_gives_the_same_bits(program: Callable[..., Tensor], plan: dict[str, Any]) -> None:
     def build() -> nn.Module:
-        return Stack([Layer(program, W), Layer(program, W)])
+        return Stack([Layer(program, W) for _ in range(3)])  # what the last one keeps, the others may move
 
     assert_same_bits(build, train(batch()), tier="host", steps=2, **plan)
 
