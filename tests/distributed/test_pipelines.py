@@ -87,7 +87,6 @@ def train(
 
 def compare_schedule(
     schedule: type[Any],
-    rank: int,
     indices: list[int],
     num_stages: int,
     *,
@@ -126,39 +125,40 @@ def compare_schedule(
         assert hits[-1] > 0
     learned = misses[-1] - misses[0]
     assert learned <= (hits[-1] - hits[0]) // 10, f"misses by step {misses}, hits by step {hits}"
-    assert all(
-        layer.num_forwards == (2 if checkpointed else 1) * STEPS * NUM_MICROBATCHES
-        for twin in twins
-        for layer in twin.layers
-    )
+    assert num_forwards(twins) == num_forwards(modules)
+    assert min(num_forwards(twins)) >= (2 if checkpointed else 1) * STEPS * NUM_MICROBATCHES
+
+
+def num_forwards(stages: list[Stage]) -> list[int]:
+    return [layer.num_forwards for stage in stages for layer in stage.layers]
 
 
 def gpipe(rank: int, num_processes: int) -> None:
-    compare_schedule(ScheduleGPipe, rank, [rank], num_processes)
+    compare_schedule(ScheduleGPipe, [rank], num_processes)
 
 
 def one_forward_one_backward(rank: int, num_processes: int) -> None:
-    compare_schedule(Schedule1F1B, rank, [rank], num_processes)
+    compare_schedule(Schedule1F1B, [rank], num_processes)
 
 
 def looped(rank: int, num_processes: int) -> None:
-    compare_schedule(ScheduleLoopedBFS, rank, [rank, rank + num_processes], 2 * num_processes)
+    compare_schedule(ScheduleLoopedBFS, [rank, rank + num_processes], 2 * num_processes)
 
 
 def interleaved(rank: int, num_processes: int) -> None:
-    compare_schedule(ScheduleInterleaved1F1B, rank, [rank, rank + num_processes], 2 * num_processes)
+    compare_schedule(ScheduleInterleaved1F1B, [rank, rank + num_processes], 2 * num_processes)
 
 
 def interleaved_zero_bubble(rank: int, num_processes: int) -> None:
-    compare_schedule(ScheduleInterleavedZeroBubble, rank, [rank, rank + num_processes], 2 * num_processes)
+    compare_schedule(ScheduleInterleavedZeroBubble, [rank, rank + num_processes], 2 * num_processes)
 
 
 def v_shaped_zero_bubble(rank: int, num_processes: int) -> None:
-    compare_schedule(ScheduleZBVZeroBubble, rank, [rank, 2 * num_processes - 1 - rank], 2 * num_processes)
+    compare_schedule(ScheduleZBVZeroBubble, [rank, 2 * num_processes - 1 - rank], 2 * num_processes)
 
 
 def checkpointed_one_forward_one_backward(rank: int, num_processes: int) -> None:
-    compare_schedule(Schedule1F1B, rank, [rank], num_processes, checkpointed=True, whole=True)
+    compare_schedule(Schedule1F1B, [rank], num_processes, checkpointed=True, whole=True)
 
 
 def one_offloader_for_all_stages(rank: int, num_processes: int) -> None:
