@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -55,6 +57,18 @@ def _exact() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def waits_are_errors() -> Iterator[None]:
+    """Make PyTorch raise where the host would wait for the device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it says that it is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def batch(rows: int = ROWS, seed: int = 0) -> torch.Tensor:
@@ -155,12 +169,9 @@ def test_a_warm_step_never_waits_for_the_device() -> None:
             step(model, x)
         reserved = offloader.stats().host_bytes_reserved
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waits_are_errors():
             model.zero_grad(set_to_none=True)
             model(x).backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         assert offloader.stats().host_bytes_reserved == reserved
 
 

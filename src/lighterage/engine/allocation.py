@@ -52,6 +52,8 @@ class _Buffer:
     memory: torch.Tensor
     shift: int
     fence: Fence
+    made_on: int
+    """The stream whose pool the memory is from."""
     ordered: set[int]
     """Streams that already wait for the copy."""
 
@@ -80,6 +82,7 @@ class Allocation:
     __slots__ = (
         "__weakref__",
         "_left",
+        "_left_from",
         "_pieces",
         "_storage",
         "_storage_ref",
@@ -111,6 +114,7 @@ class Allocation:
         self._watch = watch
         self._pieces: list[_Piece] = []
         self._left: Fence | None = None
+        self._left_from: set[int] = set()
         self._unused: dict[int, int] | None = None
         self.shape = shape
         """Shape of the tensor that was saved first."""
@@ -138,6 +142,10 @@ class Allocation:
     def version(self) -> int:
         """The version of the contents that was saved."""
         return self._watch.version
+
+    def shows(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor`, which lives in the same storage, has the contents that were saved."""
+        return self.version == tensor._version and self.unchanged and self._watch.shared_with(tensor)
 
     @property
     def unchanged(self) -> bool:
@@ -174,6 +182,7 @@ class Allocation:
 
     def copied(self, sources: Sequence[Source], resting: Sequence[Resting]) -> None:
         """Record that copies of `sources` are under way into `resting`."""
+        self._left_from.add(self.transport.stream_key())
         for (_, lo, hi), rest in zip(sources, resting, strict=True):
             self._pieces.append(_Piece(lo, hi, rest))
             if self._left is None:
@@ -216,6 +225,9 @@ class Allocation:
     def let_go(self) -> int:
         """Drop the device memory; the caller has ordered the current stream after `leaving`. Bytes of it."""
         assert self._storage is not None
+        if self._left_from != {self.transport.stream_key()}:
+            # The memory belongs to another stream's pool, which does not wait for the copies.
+            self.transport.share_with_lanes(self._storage)
         if self._storage_ref is None:
             self._storage_ref = StorageWeakRef(self._storage)
         self._storage = None
@@ -253,7 +265,7 @@ class Allocation:
         else:
             memory = self.transport.allocate(hi - lo + CONGRUENCE)
             start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
-        return _Buffer(lo, hi, memory, start - lo, FINISHED, set())
+        return _Buffer(lo, hi, memory, start - lo, FINISHED, self.transport.stream_key(), set())
 
     def returning(self, fence: Fence, unused: dict[int, int]) -> None:
         """The copies that `room` named are under way. Until its first use it counts in `unused`."""
@@ -288,7 +300,7 @@ class Allocation:
         stream = self.transport.stream_key()
         if stream not in buffer.ordered:
             wait = buffer.fence.order()
-            if buffer.ordered:
+            if stream != buffer.made_on:
                 self.transport.share(buffer.storage)
             buffer.ordered.add(stream)
         return rebuild(spec, buffer.storage, buffer.shift), wait
@@ -303,7 +315,7 @@ class Allocation:
         for buffer in self.buffers:
             if buffer.fence is not FINISHED:
                 read.append(buffer.fence)
-                if not buffer.ordered:
+                if buffer.made_on not in buffer.ordered:
                     self.transport.bury(buffer.storage, buffer.fence)
         for piece in self._pieces:
             piece.resting.retire(read)

@@ -237,6 +237,9 @@ class CpuTransport:
     def share(self, storage: torch.UntypedStorage) -> None:
         pass
 
+    def share_with_lanes(self, storage: torch.UntypedStorage) -> None:
+        pass
+
     def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
         pass  # the job holds the memory until it has finished
 

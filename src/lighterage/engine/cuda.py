@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from ..errors import OffloadError
 from .arena import Arena, Block
 from .cpu import WorkerFence, WorkerLane
 from .disk import DiskStore, Extent
@@ -278,9 +277,12 @@ class _Accelerator:
                 return
             if not fence.done():
                 # Nobody wants these bytes any more: rather than wait, leave it to the allocator to watch the lanes.
-                data = byte_view(storage, 0, storage.nbytes())
-                data.record_stream(self._streams.outbound)
-                data.record_stream(self._streams.inbound)
+                self.share_with_lanes(storage)
+
+    def share_with_lanes(self, storage: torch.UntypedStorage) -> None:
+        data = byte_view(storage, 0, storage.nbytes())
+        data.record_stream(self._streams.outbound)
+        data.record_stream(self._streams.inbound)
 
     def device_bytes(self) -> int | None:
         return int(torch.accelerator.memory_allocated(self.device))
@@ -459,19 +461,24 @@ class DiskTransport(_Accelerator):
                 resting, data = batch.pop()  # in the order of saving: where ranges overlap, the last one is right
                 resting.written.wait()  # type: ignore[attr-defined]
                 block = self._passage.acquire(resting.nbytes)
-                if block is None:
-                    raise OffloadError(f"no pinned memory to read through: {self._passage.refusal}")
-                for earlier in block.fences:
-                    earlier.wait()
+                if block is None:  # the passage is full of what is still on its way out: go by ordinary memory
+                    parts: tuple[torch.Tensor, ...] = (torch.empty(resting.nbytes, dtype=torch.uint8),)
+                else:
+                    parts = block.parts
+                    for earlier in block.fences:
+                        earlier.wait()
                 at = 0
-                for part in block.parts:
+                for part in parts:
                     self._store.read(resting.extent, part, offset=at)  # type: ignore[attr-defined]
                     at += part.numel()
                 with self._streams.on(lane, back_to):
                     self._claim(data, lane, current)
-                    _copy_in(data, block.parts)
+                    _copy_in(data, parts)
                     copied = self._streams.fence(lane)
-                block.retire((copied,))
+                if block is None:
+                    copied.wait()
+                else:
+                    block.retire((copied,))
                 fence.copied = copied
 
         return read

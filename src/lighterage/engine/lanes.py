@@ -111,6 +111,10 @@ class Transport(Protocol):
         """Tell the allocator that the calling thread's stream uses `storage`, which another stream allocated."""
         ...
 
+    def share_with_lanes(self, storage: torch.UntypedStorage) -> None:
+        """Tell the allocator that the lanes use `storage`: its memory is used again only after what they do now."""
+        ...
+
     def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
         """Drop device memory that a copy may still touch. Takes no lock: it is called from finalizers."""
         ...

@@ -243,7 +243,10 @@ class Offloader:
                 except OffloadError as error:
                     failure = failure or error
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # its traceback holds this frame
 
     def visit(self, section: Section) -> None:
         """Backward has come to `section`: bring back what it saved, and start on what comes next."""

@@ -79,7 +79,7 @@ class Packer:
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
-            if allocation is not None and (allocation.version != tensor._version or not allocation.unchanged):
+            if allocation is not None and not allocation.shows(tensor):
                 allocation = None
             if allocation is not None:
                 if reason is not None:

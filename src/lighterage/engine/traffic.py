@@ -169,7 +169,10 @@ class Traffic:
                 ordered.add(id(leaving))
             allocation.let_go()
         if failure is not None:
-            raise failure
+            try:
+                raise failure
+            finally:
+                failure = None  # its traceback holds this frame, and with it the section and its memory
 
     # --- back -----------------------------------------------------------------------------------------------------
 

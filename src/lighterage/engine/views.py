@@ -90,6 +90,19 @@ class InPlaceWatch:
         watch.version = tensor._version
         return watch
 
+    def shared_with(self, tensor: torch.Tensor) -> bool:
+        """Whether `tensor` has this very counter, rather than one of its own that shows the same number.
+
+        PyTorch has no question for that; so this one is moved by one for a moment, and put back.
+        """
+        now = self._alias._version
+        bump = torch._C._autograd._unsafe_set_version_counter
+        bump((self._alias,), (now + 1,))
+        try:
+            return tensor._version == now + 1
+        finally:
+            bump((self._alias,), (now,))
+
     @property
     def dtype(self) -> torch.dtype:
         return self._alias.dtype

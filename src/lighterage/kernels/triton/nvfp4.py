@@ -395,12 +395,12 @@ def split_quantize_nvfp4(
     block_2d: bool,
     stochastic_rounding: bool,
     seed: int,
-    tile_k: int = 64,
+    tile_k: int = 128,
     tiles_per_program: int = 4,
-    num_warps: int = 4,
+    num_warps: int = 8,
     max_registers: int | None = 128,
-    amax_tile_k: int = 512,
-    amax_warps: int = 4,
+    amax_tile_k: int = 1024,
+    amax_warps: int = 8,
 ) -> None:
     """Quantize every split of `x` into the bulk buffers, in two launches on the current stream.
 
