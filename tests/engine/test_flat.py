@@ -38,7 +38,7 @@ def live_objects() -> dict[str, int]:
     """Objects of the engine's own classes that the collector knows, by class."""
     gc.collect()
     kinds = (type(one) for one in gc.get_objects())
-    count = collections.Counter(kind.__qualname__ for kind in kinds if kind.__module__.startswith("lighterage"))
+    count = collections.Counter(kind.__qualname__ for kind in kinds if str(kind.__module__).startswith("lighterage"))
     del count["_HostWait"]  # one for each reload of the last steps that was late: that is up to the machine
     return dict(count)
 
