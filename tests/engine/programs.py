@@ -137,9 +137,7 @@ class Storages(TorchDispatchMode):
         super().__init__()
         self._made: dict[int, StorageWeakRef] = {}
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             self._note(tensor)

@@ -428,6 +428,11 @@ def split_quantize_nvfp4(
             f"The Hadamard transform takes bf16 and 1x16 blocks; got {x.dtype}, block_2d={block_2d}. "
             "Cast x to bf16, or switch one of them off."
         )
+    if tile_k < 128:
+        raise ValueError(
+            f"tile_k is 128 or more; got {tile_k}. Compiled for sm_90 by Triton 3.6, a tile of 64 columns gave wrong "
+            "block scales, which the interpreter does not show."
+        )
     if num_cols == 0 or num_splits == 0:
         return
     num_groups = num_rows // 16
