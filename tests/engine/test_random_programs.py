@@ -106,6 +106,15 @@ class Programs(RuleBasedStateMachine):
             self.world.backward(-1, retain=True)
             self.world.change_buffer(buffer, "slice", b, a)
 
+    @precondition(lambda self: self.world.depth == 0)
+    @rule(value=INDEX, views=PICKS, which=INDEX, kind=st.sampled_from([Crash, KeyboardInterrupt]))
+    def save_crash_and_drop(self, value: int, views: list[Any], which: int, kind: type[BaseException]) -> None:
+        self.world.open_section(which)
+        self.world.node(value, True, views)
+        self.world.crash(1, kind)
+        self.world.drop_value(-1)
+        self.world.check_freed()
+
     @rule(value=INDEX, views=PICKS)
     def run_without_gradients(self, value: int, views: list[Any]) -> None:
         self.world.node(value, True, views, grad=False)
