@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Triton decides when it is first imported, by whichever test that is, whether kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The default repeats the same examples everywhere, so a failure in CI is a failure here.
 # `HYPOTHESIS_PROFILE=deep make test` looks for new ones.
 settings.register_profile(

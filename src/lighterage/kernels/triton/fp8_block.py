@@ -273,7 +273,8 @@ def split_quantize_fp8_block(
         block_2d: 128x128 blocks instead of 1x128 tiles.
         blocks_per_program, num_warps, num_stages, max_registers: how the work is cut; they change speed alone.
 
-    Source: the format specification, sections 2.2, 2.4 and 7.2.
+    Source: Transformer Engine 2.20, common/transpose/quantize_transpose_vector_blockwise.cu and
+        quantize_transpose_square_blockwise.cu; docs/formats.md has the layout.
     """
     num_rows, num_cols = x.shape
     check_group(x, ends, num_splits, rowwise_buffer, columnwise_buffer)

@@ -419,7 +419,8 @@ def split_quantize_nvfp4(
 
     Raises: ValueError: on arguments that the kernels would misread.
 
-    Source: the format specification, sections 4.2 to 4.7 and 7.2.
+    Source: Transformer Engine 2.20, common/transpose/quantize_transpose_vector_blockwise_fp4.cu and
+        common/hadamard_transform; docs/formats.md has the layout.
     """
     num_rows, num_cols = x.shape
     check_group(x, ends, num_splits, rowwise_buffer, columnwise_buffer)
