@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import lighterage
 from tests.engine.programs import (
     PLANS,
     WIDTH,
@@ -372,3 +373,37 @@ def test_a_change_after_backward_is_nobodys_business() -> None:
         return [x.grad, out.detach()]
 
     assert_same_bits(mlp_stack, run)
+
+
+class _WritesInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        x.mul_(3)
+        return gradient * x
+
+
+class _TanhThenWrite(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return _WritesInBackward.apply(torch.tanh(x))  # tanh has saved the same allocation
+
+
+@pytest.mark.parametrize("retain", [False, True])
+@pytest.mark.parametrize(
+    "policy",
+    [{"keep_last": 0}, {"keep_last": 0, "release_after": 0}, {"keep_last": 9}, {"keep_last": 0, "tier": "host"}],
+    ids=str,
+)
+def test_a_write_by_one_backward_is_noticed_by_the_next(policy: dict[str, Any], retain: bool) -> None:
+    """Law 8: tensors rebuilt over one allocation share a version counter, as those that were saved did."""
+    layers = torch.nn.Sequential(*(_TanhThenWrite() for _ in range(3)))
+    x = torch.linspace(-1, 1, 4096).requires_grad_()
+    with lighterage.offload(layers, min_bytes=64, **policy):
+        loss = layers(x).sum()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward(retain_graph=retain)

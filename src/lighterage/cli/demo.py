@@ -56,21 +56,38 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         config = demo_run.choose(args)
+        config.out.mkdir(parents=True, exist_ok=True)  # before minutes of training, not after
     except ValueError as error:
         print(f"lighterage demo: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"lighterage demo: no folder for the results at {args.out}: {error}. Name another by --out.",
+            file=sys.stderr,
+        )
         return 2
     return demo_run.run(config)
 
 
+def _whole(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+    if value >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be less than 2147483648, got {text}")
+    return value
+
+
 def _positive(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return value
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
     return value

@@ -13,7 +13,7 @@ from . import spans
 from .lanes import FINISHED, Fence, Resting, Source, Transport, Wait
 from .ledger import Row
 from .spans import Span
-from .views import InPlaceWatch, ViewSpec, rebuild
+from .views import Ground, InPlaceWatch, ViewSpec, changed_in_place
 
 # Ranges nearer than this to each other travel in one copy: the bytes between cost less than a second call.
 COPY_GAP = 4096
@@ -56,6 +56,7 @@ class _Buffer:
     """The stream whose pool the memory is from."""
     ordered: set[int]
     """Streams that already wait for the copy."""
+    _ground: Ground | None = None
 
     def bytes(self, lo: int, hi: int) -> torch.Tensor:
         """Bytes [lo, hi) of the allocation."""
@@ -66,6 +67,13 @@ class _Buffer:
     @property
     def storage(self) -> torch.UntypedStorage:
         return self.memory.untyped_storage()
+
+    @property
+    def ground(self) -> Ground:
+        """What saved tensors are rebuilt over."""
+        if self._ground is None:
+            self._ground = Ground(self.storage)
+        return self._ground
 
 
 SavedAt = tuple[str, int, int]
@@ -81,6 +89,7 @@ class Allocation:
 
     __slots__ = (
         "__weakref__",
+        "_ground",
         "_left",
         "_left_from",
         "_pieces",
@@ -113,6 +122,8 @@ class Allocation:
         self._storage_ref: StorageWeakRef | None = None
         self._watch = watch
         self._pieces: list[_Piece] = []
+        self._ground: Ground | None = None
+        """What saved tensors that were asked for while it was held are rebuilt over."""
         self._left: Fence | None = None
         self._left_from: set[int] = set()
         self._unused: dict[int, int] | None = None
@@ -230,7 +241,7 @@ class Allocation:
             self.transport.share_with_lanes(self._storage)
         if self._storage_ref is None:
             self._storage_ref = StorageWeakRef(self._storage)
-        self._storage = None
+        self._storage = self._ground = None
         self.stage = Stage.AWAY
         return self.nbytes
 
@@ -288,9 +299,11 @@ class Allocation:
         """
         if self.stage is Stage.HELD:
             assert self._storage is not None
-            return rebuild(spec, self._storage, 0), None
+            if self._ground is None:
+                self._ground = Ground(self._storage)
+            return self._on(self._ground, spec, 0), None
         if spec.lo == spec.hi:  # no byte of it was moved: it lies anywhere
-            return rebuild(spec, self.buffers[0].storage, -spec.lo), None
+            return self._on(self.buffers[0].ground, spec, -spec.lo), None
         for buffer in self.buffers:
             if buffer.lo <= spec.lo and spec.hi <= buffer.hi:
                 break
@@ -303,7 +316,13 @@ class Allocation:
             if stream != buffer.made_on:
                 self.transport.share(buffer.storage)
             buffer.ordered.add(stream)
-        return rebuild(spec, buffer.storage, buffer.shift), wait
+        return self._on(buffer.ground, spec, buffer.shift), wait
+
+    def _on(self, ground: Ground, spec: ViewSpec, shift: int) -> torch.Tensor:
+        if ground.num_changes:
+            version = self._watch.version
+            raise changed_in_place(str(spec.dtype), spec.size, version, version + ground.num_changes, self.row.name)
+        return ground.rebuild(spec, shift)
 
     def __del__(self) -> None:
         # Takes no lock: the garbage collector may run this at any moment, in any thread.

@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -420,7 +421,15 @@ class Offloader:
                 transport.close()
         self._stores.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "an Offloader belongs to its process and its modules, and cannot be copied or pickled. Save the model, and "
+            "call lighterage.offload again on what was loaded."
+        )
+
     def __enter__(self) -> Offloader:
+        if self._closed:
+            raise OffloadError("this offloader is closed. Make a new one with lighterage.offload.")
         return self
 
     def __exit__(

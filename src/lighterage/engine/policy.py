@@ -13,6 +13,9 @@ for _power, _prefix in enumerate("KMGT", start=1):
     _UNITS[f"{_prefix}B"] = 1000**_power
 
 
+_MOST_BYTES = 2.0**63
+
+
 def parse_bytes(value: int | str, *, name: str) -> int:
     """Bytes from a number or from text such as `"24GiB"`, `"512 MiB"`, `"1.5GB"`.
 
@@ -26,7 +29,10 @@ def parse_bytes(value: int | str, *, name: str) -> int:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", value)
         if match is None or match[2].upper() not in _UNITS:
             raise ValueError(f'{name} is a number of bytes or text such as "24GiB" or "512MiB"; got {value!r}.')
-        return int(float(match[1]) * _UNITS[match[2].upper()])
+        nbytes = float(match[1]) * _UNITS[match[2].upper()]
+        if nbytes > _MOST_BYTES:
+            raise ValueError(f"{name} is more than any machine has: {value[:40]!r}. Leave it out for no limit.")
+        return int(nbytes)
     if value < 0:
         raise ValueError(f"{name} cannot be negative; got {value}. Leave it out for no limit.")
     return int(value)

@@ -44,13 +44,35 @@ def describe(tensor: torch.Tensor, lo: int, hi: int) -> ViewSpec:
     return ViewSpec(tensor.dtype, tensor.shape, tensor.stride(), lo, hi, tensor.is_conj(), tensor.is_neg())
 
 
-def rebuild(spec: ViewSpec, storage: torch.UntypedStorage, shift: int) -> torch.Tensor:
-    """The tensor that `spec` describes, over `storage`, in which byte 0 of the allocation lies at byte `shift`."""
-    tensor = torch.empty(0, dtype=spec.dtype, device=storage.device)
-    tensor.set_(storage, (spec.lo + shift) // tensor.itemsize, spec.size, spec.stride)
-    if spec.conj:
-        tensor = torch._conj(tensor)
-    return torch._neg_view(tensor) if spec.neg else tensor
+class Ground:
+    """Device memory that saved tensors are rebuilt over, all of them views of one tensor.
+
+    So they share a version counter, as the tensors that were saved did: what a backward writes into one of them is
+    noticed when the next is asked for.
+    """
+
+    __slots__ = ("_bytes", "_version")
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._bytes = byte_view(storage, 0, storage.nbytes())
+        self._version = self._bytes._version
+
+    @property
+    def num_changes(self) -> int:
+        """How often something was written through a rebuilt tensor."""
+        return self._bytes._version - self._version
+
+    def rebuild(self, spec: ViewSpec, shift: int) -> torch.Tensor:
+        """The tensor that `spec` describes; byte 0 of the allocation lies at byte `shift` of the memory."""
+        whole = self._bytes
+        if spec.dtype is not torch.uint8:
+            itemsize = spec.dtype.itemsize
+            odd = whole.numel() % itemsize
+            whole = (whole[: whole.numel() - odd] if odd else whole).view(spec.dtype)
+        tensor = whole.as_strided(spec.size, spec.stride, (spec.lo + shift) // spec.dtype.itemsize)
+        if spec.conj:
+            tensor = torch._conj(tensor)
+        return torch._neg_view(tensor) if spec.neg else tensor
 
 
 def byte_view(storage: torch.UntypedStorage, lo: int, hi: int) -> torch.Tensor:
