@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import lighterage
 from lighterage import OffloadStats
 from tests.engine.programs import WIDTH, Layer, Save, Stack, batch, both_tiers, mlp_stack, offloaded, train
 
@@ -305,3 +306,20 @@ def test_what_is_never_asked_for_never_comes_back() -> None:
         stats = offloader.stats()
     assert stats.bytes_out > 0
     assert stats.bytes_in == stats.copies_in == 0
+
+
+def test_an_allocation_that_two_waiting_sections_saved_comes_back_once() -> None:
+    """Law 4: the outputs of one section are the inputs of the next, and both are fetched ahead together."""
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(10))
+    with lighterage.offload(layers, min_bytes=64, keep_last=0, release_after=0, prefetch_ahead=3) as offloader:
+        for _ in range(3):
+            x, skips = torch.randn(64, 64), []
+            for position, layer in enumerate(layers):
+                x = layer(x * skips.pop() if position >= 5 else x)
+                if position < 5:
+                    skips.append(x)
+            x.square().mean().backward()
+            del x
+            stats = offloader.stats()
+            assert 0 < stats.bytes_in <= stats.bytes_out
+            assert stats.copies_in <= stats.copies_out

@@ -189,8 +189,10 @@ class Traffic:
             self._bring_back(away)
             return
         later = [allocation for one in upcoming for allocation in _away(one)]
+        # Two sections may have saved one allocation: it comes back once.
+        wanted = {id(allocation): allocation for allocation in [*away, *later]}
         self._window = max(sum(a.nbytes for a in later), sum(a.nbytes for a in away))
-        self._queue = collections.deque(weakref.ref(allocation) for allocation in [*away, *later])
+        self._queue = collections.deque(weakref.ref(allocation) for allocation in wanted.values())
         self._pump()
 
     def _pump(self) -> None:
@@ -224,6 +226,7 @@ class Traffic:
             groups.setdefault(id(allocation.transport), []).append(allocation)
         for group in groups.values():
             with torch._C._DisableTorchDispatch():
+                assert len({id(allocation) for allocation in group}) == len(group), "an allocation comes back once"
                 batches = [allocation.room() for allocation in group]
                 fences = group[0].transport.restore(batches)
             for allocation, batch, fence in zip(group, batches, fences, strict=True):
