@@ -75,6 +75,11 @@ def test_the_cut_of_the_work_does_not_change_a_byte(tuning) -> None:
     _check(tame_input(160, 208, torch.bfloat16), [32, 128], hadamard=True, **tuning)
 
 
+def test_a_tile_that_gave_wrong_scales_is_refused() -> None:
+    with pytest.raises(ValueError, match="tile_k is 128 or more"):
+        _check(tame_input(32, 64, torch.bfloat16), [32], tile_k=64)
+
+
 @pytest.mark.parametrize("amax", [0.0, 1e-40, 1e-38, 1.0, 6.0, 10.0, 2688.0, 3.3e38, float("inf")])
 def test_every_global_scale_equals_the_reference(amax) -> None:
     x = torch.linspace(-1, 1, 16 * 16).view(16, 16) * min(amax, 3.4e38)
