@@ -1,0 +1,141 @@
+"""Which code multiplies: the backends' common interface, and the choice of one by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
+
+import torch
+
+from lighterage.formats.split_tensors import SplitTensors
+
+if TYPE_CHECKING:
+    from lighterage.formats.splits import Splits
+
+Operand: TypeAlias = SplitTensors | torch.Tensor
+BackendName = Literal["auto", "torch", "triton", "reference", "emulation"]
+
+_BY_FORMAT: dict[str | None, tuple[str, ...]] = {
+    None: ("torch", "reference"),
+    "fp8_block": ("torch", "triton", "reference"),
+    "fp8_tensor": ("torch", "reference"),
+    "mxfp8": ("emulation", "reference"),
+    "nvfp4": ("emulation", "reference"),
+}
+
+
+class GemmBackend(Protocol):
+    """How the products of `lighterage.ops.grouped_gemm` are made. Without state: one call and its backward share it."""
+
+    @property
+    def name(self) -> str:
+        """The name that it is chosen by."""
+        ...
+
+    def forward(
+        self, x: Operand, w: Operand, splits: Splits, *, out_dtype: torch.dtype, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """See `grouped_forward`."""
+        ...
+
+    def dgrad(self, dy: Operand, w: Operand, splits: Splits, *, out_dtype: torch.dtype) -> torch.Tensor:
+        """See `grouped_dgrad`."""
+        ...
+
+    def wgrad(self, dy: Operand, x: Operand, splits: Splits, *, out_dtype: torch.dtype) -> torch.Tensor:
+        """See `grouped_wgrad`."""
+        ...
+
+
+def choose_backend(
+    name: BackendName, format_name: str | None, device: torch.device, splits: Splits | None = None
+) -> GemmBackend:
+    """The backend for operands of one format: chosen once, for a call and for its backward.
+
+    name: "triton": one launch of a grouped kernel (FP8 block). "torch": PyTorch's own products, for FP8 one for each
+        expert. "emulation": dequantized to bf16 (MXFP8, NVFP4). "reference": float32 or float64, for any device, slow.
+        "auto": what is fastest on the device.
+    format_name: "fp8_block", "fp8_tensor", "mxfp8", "nvfp4", or None for operands that are not quantized.
+    splits: how the rows are split; "auto" looks at sizes that the host knows.
+
+    Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device.
+    """
+    if name not in get_args(BackendName):
+        names = ", ".join(map(repr, get_args(BackendName)))
+        raise ValueError(f"a GEMM backend is one of {names}; got {name!r}.")
+    if format_name not in _BY_FORMAT:
+        raise ValueError(f"products are known of the formats {list(_BY_FORMAT)}; got {format_name!r}.")
+    chosen = _fastest(format_name, device, splits) if name == "auto" else name
+    if chosen not in _BY_FORMAT[format_name]:
+        raise ValueError(
+            f"the GEMM backend {chosen!r} does not multiply {format_name or 'operands that are not quantized'}. "
+            f"Pass 'auto' or one of {', '.join(map(repr, _BY_FORMAT[format_name]))}."
+        )
+    return _make(chosen, format_name, device, splits)
+
+
+def _fastest(format_name: str | None, device: torch.device, splits: Splits | None) -> str:
+    if format_name is None:
+        return "torch"
+    if device.type != "cuda":
+        return "reference"
+    if format_name in ("mxfp8", "nvfp4"):
+        return "emulation"
+    if format_name == "fp8_tensor":
+        return "torch"
+    return "triton"
+
+
+def _make(name: str, format_name: str | None, device: torch.device, splits: Splits | None) -> GemmBackend:
+    from lighterage.ops.gemm_reference import ReferenceBackend
+
+    if name == "reference" or (format_name is None and device.type != "cuda"):
+        return ReferenceBackend(name)
+    if name == "torch":
+        from lighterage.ops.gemm_torch import ScaledMMBackend, TorchGroupedBackend
+
+        if format_name is None:
+            return TorchGroupedBackend()
+        _check_scaled_mm(device, splits)
+        return ScaledMMBackend()
+    if name == "triton":
+        _check_triton(device)
+        from lighterage.ops.gemm_triton import TritonBackend
+
+        return TritonBackend()
+    from lighterage.ops.gemm_emulation import EmulationBackend
+
+    return EmulationBackend()
+
+
+def _check_scaled_mm(device: torch.device, splits: Splits | None) -> None:
+    if device.type != "cuda":
+        raise ValueError(
+            f"the GEMM backend 'torch' multiplies FP8 on CUDA devices; got operands on {device}. "
+            "Pass backend='reference', or 'auto'."
+        )
+    if splits is not None and splits.host is None:
+        raise ValueError(
+            "the GEMM backend 'torch' multiplies expert by expert, so the host must know the splits; they are a device "
+            "tensor. Pass backend='triton', which reads them on the device, or m_splits as a list of integers."
+        )
+
+
+def _check_triton(device: torch.device) -> None:
+    try:
+        import triton
+    except ImportError as error:
+        raise ValueError(
+            "the GEMM backend 'triton' needs the package triton, which cannot be imported. Install it, or pass "
+            "backend='reference'."
+        ) from error
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability(device) < (8, 9):
+            raise ValueError(
+                f"the GEMM backend 'triton' needs a GPU that multiplies FP8, compute capability 8.9 or later; got "
+                f"{torch.cuda.get_device_name(device)}. Pass backend='reference'."
+            )
+    elif not triton.knobs.runtime.interpret:
+        raise ValueError(
+            f"the GEMM backend 'triton' runs on CUDA devices; got operands on {device}. Pass backend='reference', or "
+            "set TRITON_INTERPRET=1 before the first import of triton to interpret the kernels."
+        )
