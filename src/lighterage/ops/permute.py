@@ -1,0 +1,290 @@
+"""Sort tokens by expert with each expert's rows padded to an alignment, and bring them back.
+
+All of it happens on the device: the capacity follows from the shapes alone, so the host never asks how many tokens an
+expert got, and no token is ever dropped.
+
+Shape suffixes: T tokens, k experts of each, E experts, C rows of capacity, H features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor
+
+from lighterage.formats.parts import round_up
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Permutation:
+    """Where the copies of tokens go. Made by `plan_permutation`; everything lies on the device of the experts."""
+
+    rows: Tensor
+    """int32 (T, k): the row of each copy of each token."""
+    tokens: Tensor
+    """int32 (C,): the token in each row; 0 in rows that hold none."""
+    padding: Tensor
+    """int32 (C - T * k,): the rows that hold no token."""
+    m_splits: Tensor
+    """int64 (E,): rows of each expert, padded. What grouped layers take; rows after the last are no expert's."""
+    num_tokens_of: Tensor
+    """int64 (E,): copies that went to each expert."""
+
+    @property
+    def num_rows(self) -> int:
+        """C, the rows of what `permute` returns."""
+        return self.tokens.shape[0]
+
+
+def capacity(num_copies: int, num_experts: int, alignment: int) -> int:
+    """The most rows that `num_copies` can take when they are spread over experts, each padded to `alignment`.
+
+    >>> capacity(100, 8, 1), capacity(100, 8, 16), capacity(3, 8, 16)
+    (100, 208, 48)
+    """
+    return (num_copies + min(num_experts, num_copies) * (alignment - 1)) // alignment * alignment
+
+
+def plan_permutation(experts: Tensor, num_experts: int, alignment: int = 1) -> Permutation:
+    """Where each copy of each token goes: by expert, and among those of one expert by token.
+
+    experts: (T, k) whole numbers from 0 to `num_experts` - 1; checked on the CPU only. The k of a token differ.
+    Never synchronises.
+    Raises: ValueError: on a wrong shape or dtype, or a number out of range.
+    """
+    if experts.ndim != 2 or experts.is_floating_point():
+        raise ValueError(f"experts must be whole numbers of shape (T, k); got {experts.dtype} {tuple(experts.shape)}.")
+    if alignment < 1 or num_experts < 1:
+        raise ValueError(f"alignment and num_experts must be at least 1; got {alignment} and {num_experts}.")
+    if (
+        experts.device.type == "cpu"
+        and experts.numel()
+        and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts
+    ):
+        raise ValueError(
+            f"experts must be from 0 to {num_experts - 1}; got {int(experts.min())} to {int(experts.max())}."
+        )
+    copies = experts.reshape(-1)
+    order = copies.argsort(stable=True)
+    sorted_experts = copies[order]
+    every = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
+    ends = torch.searchsorted(sorted_experts, every, right=True)
+    num_rows = capacity(copies.shape[0], num_experts, alignment)
+    return _plan(order, sorted_experts, ends, experts.shape[1], alignment, num_rows)
+
+
+def _plan(
+    order: Tensor, groups: Tensor, ends: Tensor, copies_of_each: int, alignment: int, num_rows: int
+) -> Permutation:
+    """Rows for copies that are sorted into `groups`, which end at `ends`; a group past the last comes after it."""
+    device, num_copies = ends.device, order.shape[0]
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    padded = (sizes + (alignment - 1)) // alignment * alignment
+    moved_by = torch.cat([(padded - sizes).cumsum(0) - (padded - sizes), (padded - sizes).sum(0, keepdim=True)])
+    row_of_sorted = torch.arange(num_copies, device=device) + moved_by[groups]
+    row_of = torch.empty_like(row_of_sorted).scatter_(0, order, row_of_sorted)
+    tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
+    tokens.scatter_(0, row_of_sorted, (order // copies_of_each).int())
+    taken = torch.zeros(num_rows, dtype=torch.bool, device=device).scatter_(0, row_of_sorted, True)
+    padding = taken.int().argsort(stable=True)[: num_rows - num_copies]
+    return Permutation(
+        rows=row_of.int().view(-1, copies_of_each),
+        tokens=tokens,
+        padding=padding.int(),
+        m_splits=padded,
+        num_tokens_of=sizes,
+    )
+
+
+def permute(x: Tensor, plan: Permutation) -> Tensor:
+    """The rows of `x` by expert, each expert's padded with zeros.
+
+    x: (T, H). Returns (C, H). Backward needs the plan's `rows` and nothing of x.
+    Raises: ValueError: if `plan` is for another number of tokens.
+    """
+    if x.ndim != 2 or x.shape[0] != plan.rows.shape[0]:
+        raise ValueError(f"permute takes ({plan.rows.shape[0]}, H), as its plan was made; got {tuple(x.shape)}.")
+    return cast(Tensor, _Permute.apply(x, plan.rows, plan.tokens, plan.padding))  # type: ignore[no-untyped-call]
+
+
+def unpermute(x: Tensor, plan: Permutation, weights: Tensor | None = None) -> Tensor:
+    """The sum of the copies of each token, added in float32, rounded once.
+
+    x: (C, H). weights: (T, k) to multiply the copies by, or None for 1. Returns (T, H) of x's dtype.
+    Backward needs indices; and x, if the gradient of `weights` is wanted. A layer that weights its rows before its last
+    product, by `weights_of_rows`, has the same sum, because that product is linear, and need not save x.
+    Raises: ValueError: on shapes other than the plan's.
+    """
+    if x.ndim != 2 or x.shape[0] != plan.num_rows:
+        raise ValueError(f"unpermute takes ({plan.num_rows}, H), what permute gave; got {tuple(x.shape)}.")
+    if weights is not None and weights.shape != plan.rows.shape:
+        raise ValueError(f"weights must be {tuple(plan.rows.shape)}, one for each copy; got {tuple(weights.shape)}.")
+    if weights is None:
+        return cast(Tensor, _Unpermute.apply(x, plan.rows, plan.tokens, plan.padding))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _WeightedUnpermute.apply(x, weights, plan.rows, plan.tokens, plan.padding))  # type: ignore[no-untyped-call]
+
+
+def weights_of_rows(weights: Tensor, plan: Permutation) -> Tensor:
+    """The weight of each row: (C,) from (T, k), 0 in rows that hold no token.
+
+    Raises: ValueError: on a shape other than the plan's.
+    """
+    if weights.shape != plan.rows.shape:
+        raise ValueError(f"weights must be {tuple(plan.rows.shape)}, one for each copy; got {tuple(weights.shape)}.")
+    return cast(Tensor, _WeightsOfRows.apply(weights, plan.rows, plan.num_rows))  # type: ignore[no-untyped-call]
+
+
+class _Permute(torch.autograd.Function):
+    """Rows out to their experts; gradients back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, rows_Tk: Tensor, tokens_C: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_Tk)
+        return _rows_out(x_TH, tokens_C, padding)
+
+    @staticmethod
+    def backward(ctx: Any, grad_CH: Tensor) -> tuple[Tensor, None, None, None]:
+        (rows_Tk,) = ctx.saved_tensors
+        return _summed(grad_CH, rows_Tk), None, None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """Rows back to their tokens, summed; gradients out."""
+
+    @staticmethod
+    def forward(ctx: Any, x_CH: Tensor, rows_Tk: Tensor, tokens_C: Tensor, padding: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_C, padding)
+        return _summed(x_CH, rows_Tk)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
+        tokens_C, padding = ctx.saved_tensors
+        return _rows_out(grad_TH, tokens_C, padding), None, None, None
+
+
+class _WeightedUnpermute(torch.autograd.Function):
+    """Rows back to their tokens, weighted and summed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_CH: Tensor, weights_Tk: Tensor, rows_Tk: Tensor, tokens_C: Tensor, padding: Tensor
+    ) -> Tensor:
+        kept = x_CH if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(kept, weights_Tk, rows_Tk, tokens_C, padding)
+        sum_TH = torch.zeros(rows_Tk.shape[0], x_CH.shape[1], dtype=torch.float32, device=x_CH.device)
+        for rows_T, weights_T in zip(rows_Tk.unbind(1), weights_Tk.unbind(1), strict=True):
+            sum_TH.addcmul_(x_CH.index_select(0, rows_T), weights_T.float()[:, None])
+        return sum_TH.to(x_CH.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        x_CH, weights_Tk, rows_Tk, tokens_C, padding = ctx.saved_tensors
+        dx_CH = dweights_Tk = None
+        if ctx.needs_input_grad[0]:
+            weights_C = _weights_out(weights_Tk, rows_Tk, tokens_C.shape[0])
+            dx_CH = _rows_out(grad_TH, tokens_C, padding).mul_(weights_C[:, None])
+        if x_CH is not None:
+            products = [
+                torch.linalg.vecdot(x_CH.index_select(0, rows_T).float(), grad_TH.float())
+                for rows_T in rows_Tk.unbind(1)
+            ]
+            dweights_Tk = torch.stack(products, dim=1).to(weights_Tk.dtype)
+        return dx_CH, dweights_Tk, None, None, None
+
+
+class _WeightsOfRows(torch.autograd.Function):
+    """Weights out to the rows of their tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, weights_Tk: Tensor, rows_Tk: Tensor, num_rows: int) -> Tensor:
+        ctx.save_for_backward(rows_Tk)
+        return _weights_out(weights_Tk, rows_Tk, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad_C: Tensor) -> tuple[Tensor, None, None]:
+        (rows_Tk,) = ctx.saved_tensors
+        return grad_C.index_select(0, rows_Tk.view(-1)).view(rows_Tk.shape), None, None
+
+
+def _rows_out(x_TH: Tensor, tokens_C: Tensor, padding: Tensor) -> Tensor:
+    if x_TH.shape[0] == 0:
+        return x_TH.new_zeros(tokens_C.shape[0], x_TH.shape[1])
+    return x_TH.index_select(0, tokens_C).index_fill_(0, padding.long(), 0.0)
+
+
+def _summed(x_CH: Tensor, rows_Tk: Tensor) -> Tensor:
+    copies = x_CH.index_select(0, rows_Tk.view(-1))
+    return copies if rows_Tk.shape[1] == 1 else copies.view(*rows_Tk.shape, x_CH.shape[1]).sum(1)
+
+
+def _weights_out(weights_Tk: Tensor, rows_Tk: Tensor, num_rows: int) -> Tensor:
+    return weights_Tk.new_zeros(num_rows).scatter_(0, rows_Tk.view(-1).long(), weights_Tk.reshape(-1))
+
+
+# --- rows that are sorted already ------------------------------------------------------------------------------------
+
+
+@overload
+def pad_rows(x: Tensor, m_splits: Sequence[int], alignment: int) -> tuple[Tensor, list[int]]: ...
+@overload
+def pad_rows(x: Tensor, m_splits: Tensor, alignment: int) -> tuple[Tensor, Tensor]: ...
+def pad_rows(x: Tensor, m_splits: Sequence[int] | Tensor, alignment: int) -> tuple[Tensor, list[int] | Tensor]:
+    """`x` with rows of zeros behind each split, so that every split's are a multiple of `alignment`.
+
+    x: (M, H), sorted by split. m_splits: sizes, as whole numbers or a tensor on x's device. Rows past the last split
+    stay behind it.
+
+    Returns: the padded rows, and the padded sizes in the kind that was given. With sizes in a tensor there are as many
+    rows as any sizes need, and the host does not wait; with whole numbers there are as many as these need.
+    Raises: ValueError: if the sizes are not those of x.
+
+    >>> pad_rows(torch.ones(3, 1), [1, 2], 4)[0].flatten().tolist()
+    [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    plan, padded = _padding(m_splits, x.shape[0], alignment, x.device)
+    return permute(x, plan), padded
+
+
+def unpad_rows(x: Tensor, m_splits: Sequence[int] | Tensor, alignment: int, num_rows: int | None = None) -> Tensor:
+    """Take out of `x` the rows that `pad_rows` with the same sizes put in.
+
+    num_rows: the rows that `pad_rows` was given, needed where the sizes lie on a device.
+    Raises: ValueError: if it is missing, or x has not the rows that `pad_rows` gave.
+    """
+    if num_rows is None:
+        if isinstance(m_splits, Tensor) and m_splits.device.type != "cpu":
+            raise ValueError(
+                "unpad_rows with sizes on a device needs num_rows, the rows before padding: asking the device would "
+                "make the host wait. Pass num_rows=x.shape[0] of what pad_rows was given."
+            )
+        num_rows = sum(m_splits.tolist() if isinstance(m_splits, Tensor) else m_splits)
+    plan, _ = _padding(m_splits, num_rows, alignment, x.device)
+    return unpermute(x, plan)
+
+
+def _padding(
+    m_splits: Sequence[int] | Tensor, num_rows: int, alignment: int, device: torch.device
+) -> tuple[Permutation, list[int] | Tensor]:
+    if alignment < 1:
+        raise ValueError(f"alignment must be at least 1; got {alignment}.")
+    host = None if isinstance(m_splits, Tensor) and m_splits.device.type != "cpu" else m_splits
+    if host is not None:
+        sizes = host.tolist() if isinstance(host, Tensor) else list(host)
+        if not sizes or min(sizes) < 0 or sum(sizes) > num_rows:
+            raise ValueError(
+                f"m_splits must be sizes of 0 or more that make up at most the {num_rows} rows; got {sizes}."
+            )
+    padded: list[int] | None = None
+    if isinstance(m_splits, Tensor):
+        capacity_rows = round_up(num_rows + min(len(m_splits), num_rows) * (alignment - 1), alignment)
+    else:
+        padded = [round_up(size, alignment) for size in sizes]
+        capacity_rows = sum(padded) + num_rows - sum(sizes)
+    ends = torch.as_tensor(m_splits, dtype=torch.int64).to(device).cumsum(0)
+    rows = torch.arange(num_rows, device=device)
+    groups = torch.searchsorted(ends, rows, right=True)
+    plan = _plan(rows, groups, ends, 1, alignment, capacity_rows)
+    return plan, plan.m_splits if padded is None else padded

@@ -1,0 +1,124 @@
+"""Which experts a token goes to, with what weights, and the losses that keep experts and logits in balance.
+
+Shape suffixes: T tokens, k experts of each, E experts, H features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor
+
+Score = Literal["softmax", "sigmoid"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Routing:
+    """What the router decided."""
+
+    experts: Tensor
+    """int64 (T, k): the experts of each token, the best first."""
+    weights: Tensor
+    """float32 (T, k): what each expert's output counts; differentiable."""
+    scores: Tensor
+    """float32 (T, E): the scores of all experts, which sum to 1 for each token; differentiable."""
+
+
+def router_logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in float32, whatever the dtype of x; it is x itself that is saved, not its float32 copy.
+
+    x: (T, H). weight: (E, H) of any floating dtype. Returns float32 (T, E).
+    """
+    return cast(Tensor, _RouterLogits.apply(x, weight))  # type: ignore[no-untyped-call]
+
+
+def route(
+    logits: Tensor,
+    top_k: int,
+    *,
+    score: Score = "softmax",
+    normalize: bool = True,
+    bias: Tensor | None = None,
+) -> Routing:
+    """The `top_k` experts of each token.
+
+    logits: float32 (T, E).
+    score: "softmax" over the experts, or "sigmoid" of each.
+    normalize: divide the weights of a token by their sum, so that they sum to 1.
+    bias: (E,) added to the scores when experts are chosen, and only then: for balance without a loss.
+
+    Of equal scores the expert with the smaller number wins, on every device.
+    Raises: ValueError: on a wrong shape, dtype, score or number.
+    """
+    if logits.ndim != 2 or logits.dtype != torch.float32:
+        raise ValueError(
+            f"route takes float32 logits (T, E), in which near ties are told apart; got {logits.dtype} "
+            f"{tuple(logits.shape)}. Use router_logits(x, weight), or logits.float()."
+        )
+    if not 1 <= top_k <= logits.shape[1]:
+        raise ValueError(f"top_k must be from 1 to the {logits.shape[1]} experts; got {top_k}.")
+    if score not in get_args(Score):
+        raise ValueError(f"score must be one of {list(get_args(Score))}; got {score!r}.")
+    if score == "softmax":
+        raw_TE = scores_TE = logits.softmax(-1)
+    else:
+        raw_TE = logits.sigmoid()
+        scores_TE = raw_TE / raw_TE.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    chosen_by_TE = raw_TE.detach() if bias is None else raw_TE.detach() + bias.detach().float()
+    experts_Tk = _best(chosen_by_TE, top_k)
+    weights_Tk = raw_TE.gather(1, experts_Tk)
+    if normalize:
+        weights_Tk = weights_Tk / weights_Tk.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return Routing(experts=experts_Tk, weights=weights_Tk, scores=scores_TE)
+
+
+def _best(scores_TE: Tensor, top_k: int) -> Tensor:
+    """Indices of the largest scores, the smaller index first among equals.
+
+    Each score becomes a whole number of the same order, with the index in its low bits: then no two are equal, and
+    every implementation of top-k finds the same.
+    """
+    num_experts = scores_TE.shape[1]
+    bits = (scores_TE + 0.0).contiguous().view(torch.int32)  # + 0.0 makes -0.0 the same as 0.0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    index = torch.arange(num_experts - 1, -1, -1, device=scores_TE.device)
+    keys = ordered.long() * (1 << 31) + index
+    return keys.topk(top_k, dim=1).indices
+
+
+def load_balancing_loss(scores: Tensor, num_tokens_of: Tensor) -> Tensor:
+    """How far the experts are from equally loaded: 1 when they are, E when one has all.
+
+    E * sum over experts of (its share of the copies) * (its mean score); the gradient goes through the scores.
+    scores: float32 (T, E) from `route`. num_tokens_of: (E,) copies that went to each expert, from the permutation.
+    Source: Switch Transformer, equations 4 to 6, with k copies of a token for one.
+    """
+    copies = num_tokens_of.to(torch.float32)
+    share = copies / copies.sum().clamp_min(1.0)
+    return (share * scores.sum(0)).sum() * (scores.shape[1] / max(1, scores.shape[0]))
+
+
+def router_z_loss(logits: Tensor) -> Tensor:
+    """The mean square of the logarithm of the sum of exponentials, which keeps logits small.
+
+    Source: ST-MoE, equation 5.
+    """
+    return logits.logsumexp(-1).square().sum() / max(1, logits.shape[0])
+
+
+class _RouterLogits(torch.autograd.Function):
+    """A float32 product that saves its operands in the dtypes that they have."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TH, weight_EH)
+        return x_TH.float() @ weight_EH.float().t()
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x_TH, weight_EH = ctx.saved_tensors
+        dx_TH = (grad_TE @ weight_EH.float()).to(x_TH.dtype) if ctx.needs_input_grad[0] else None
+        dweight_EH = (grad_TE.t() @ x_TH.float()).to(weight_EH.dtype) if ctx.needs_input_grad[1] else None
+        return dx_TH, dweight_EH
