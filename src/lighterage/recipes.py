@@ -39,8 +39,12 @@ class Float8BlockScaling:
     amax_epsilon: float = 0.0
     """A smaller largest magnitude of a block counts as this."""
 
-    alignment: ClassVar[int] = 16
+    format_name: ClassVar[Literal["fp8_block"]] = "fp8_block"
+    """Of the quantized tensors."""
+    row_multiple: ClassVar[int] = 16
     """What the rows of every expert must be a multiple of."""
+    alignment: ClassVar[int] = 16
+    """What to pad them to."""
     dim_multiple: ClassVar[int] = 16
     """What the input and output features must be multiples of."""
 
@@ -68,8 +72,12 @@ class Float8BlockScaling:
 class MXFP8BlockScaling:
     """FP8 E4M3 with one power-of-two scale for 32 values, in every role."""
 
-    alignment: ClassVar[int] = 32
+    format_name: ClassVar[Literal["mxfp8"]] = "mxfp8"
+    """Of the quantized tensors."""
+    row_multiple: ClassVar[int] = 32
     """What the rows of every expert must be a multiple of."""
+    alignment: ClassVar[int] = 32
+    """What to pad them to."""
     dim_multiple: ClassVar[int] = 32
     """What the input and output features must be multiples of."""
 
@@ -98,8 +106,12 @@ class NVFP4BlockScaling:
     stochastic_rounding: bool = True
     """Round gradients to one of the two neighbouring values at random, with the right mean."""
 
-    alignment: ClassVar[int] = 128
+    format_name: ClassVar[Literal["nvfp4"]] = "nvfp4"
+    """Of the quantized tensors."""
+    row_multiple: ClassVar[int] = 16
     """What the rows of every expert must be a multiple of."""
+    alignment: ClassVar[int] = 128
+    """What to pad them to."""
     dim_multiple: ClassVar[int] = 16
     """What the input and output features must be multiples of."""
 
@@ -155,8 +167,12 @@ class Float8CurrentScaling:
     amax_epsilon: float = 0.0
     """A smaller largest magnitude of a tensor counts as this."""
 
-    alignment: ClassVar[int] = 16
+    format_name: ClassVar[Literal["fp8_tensor"]] = "fp8_tensor"
+    """Of the quantized tensors."""
+    row_multiple: ClassVar[int] = 16
     """What the rows of every expert must be a multiple of."""
+    alignment: ClassVar[int] = 16
+    """What to pad them to."""
     dim_multiple: ClassVar[int] = 16
     """What the input and output features must be multiples of."""
 

@@ -1,0 +1,54 @@
+"""A linear layer whose operands a recipe quantizes.
+
+Letters: M rows, N output features, K input features.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from lighterage.ops.gemm_backends import BackendName
+from lighterage.ops.grouped_linear import apply_grouped_linear
+from lighterage.recipes import Recipe, check_recipe
+from lighterage.unseen import unseen
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    recipe: Recipe | None = None,
+    save_original_input: bool = False,
+    backend: BackendName = "auto",
+) -> torch.Tensor:
+    """y = x w^T + bias.
+
+    x: (*, K), bf16, fp16 or fp32. weight: (N, K). bias: (N,) or None.
+    recipe: how operands are quantized. None is `torch.nn.functional.linear`, and the other options mean nothing.
+    save_original_input, backend: as of `grouped_linear`, of which this is the case of one expert: the input is
+        quantized once, and its columnwise buffer is the one tensor that is saved for backward.
+
+    Returns: (*, N) of x's dtype. Under autocast, and with torch.compile, it does as `grouped_linear` does.
+    Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
+    """
+    if check_recipe(recipe) is None:
+        return F.linear(x, weight, bias)
+    return _quantized_linear(x, weight, bias, recipe, save_original_input, backend)
+
+
+@unseen
+def _quantized_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    recipe: Recipe | None,
+    save_original_input: bool,
+    backend: BackendName,
+) -> torch.Tensor:
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (N, K); got {tuple(weight.shape)}. Experts have ops.grouped_linear.")
+    bias_1N = None if bias is None else bias[None]
+    num_rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    return apply_grouped_linear(x, weight[None], bias_1N, [num_rows], recipe, save_original_input, backend)

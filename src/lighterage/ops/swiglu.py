@@ -1,0 +1,27 @@
+"""SwiGLU and its gradients, by the kernels of the device that the tensors are on."""
+
+from __future__ import annotations
+
+import torch
+
+from lighterage.kernels.reference import swiglu_rows as reference
+
+
+def swiglu(h: torch.Tensor, probs_M: torch.Tensor | None = None) -> torch.Tensor:
+    """y = silu(gate) * up * prob, (M, F), of h (M, 2F) = [gate, up]; one launch on CUDA."""
+    if not h.is_cuda:
+        return reference.swiglu_rows(h, probs_M)
+    from lighterage.kernels.triton import swiglu_rows as triton
+
+    return triton.swiglu_rows(h, probs_M)
+
+
+def swiglu_backward(
+    dy_MF: torch.Tensor, h: torch.Tensor, probs_M: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`(dh (M, 2F), the gradient of probs_M in float32 or None)`; one launch on CUDA."""
+    if not h.is_cuda:
+        return reference.swiglu_rows_backward(dy_MF, h, probs_M)
+    from lighterage.kernels.triton import swiglu_rows as triton
+
+    return triton.swiglu_rows_backward(dy_MF, h, probs_M)
