@@ -105,7 +105,6 @@ def test_members_are_made_when_they_are_looked_at_and_stay_the_same_objects() ->
     assert [a is b for a, b in zip(tensors, list(tensors), strict=True)] == [True] * 4
     both = operator.add(tensors, [last]), operator.add([last], tensors)
     assert both[0][0] is tensors[0] and both[0][4] is last and both[1][1] is tensors[0]
-    assert tensors.source is None, "with all members made, they alone hold the buffers"
     with pytest.raises(IndexError):
         tensors[4]
     assert repr(tensors).startswith("SplitTensors([MXFP8Tensor(shape=(64, 64)")
@@ -190,8 +189,8 @@ def test_no_splits_and_no_rows() -> None:
 @pytest.mark.parametrize(
     ("splits", "count", "message"),
     [
-        ([64, 64], 2, r"sum of 128 for 192 \(x: \(192, 64\)\): too short by 64"),
-        ([128, 96], 2, r"sum of 224 for 192 .*: too long by 32"),
+        ([64, 64], 2, "sum of 128 for 192: too short by 64"),
+        ([128, 96], 2, "sum of 224 for 192: too long by 32"),
         ([96, 96], 1, "one quantizer for each split; got 1 quantizers and 2 splits"),
         ([224, -32], 2, "must not be negative; got"),
         ([], 0, "too short by 192"),

@@ -23,6 +23,7 @@ from lighterage.formats.layout import BulkLayout, ViewSpec, bulk_layout
 from lighterage.formats.mxfp8 import MXFP8Quantizer, MXFP8Tensor
 from lighterage.formats.nvfp4 import NVFP4Quantizer, NVFP4Tensor
 from lighterage.formats.split_tensors import SplitTensors
+from lighterage.formats.splits import Splits
 from lighterage.formats.subviews import SubviewInfo, get_columnwise_subview_info, restore_columnwise_subviews
 
 __all__ = [
@@ -36,6 +37,7 @@ __all__ = [
     "NVFP4Quantizer",
     "NVFP4Tensor",
     "SplitTensors",
+    "Splits",
     "SubviewInfo",
     "ViewSpec",
     "bulk_layout",

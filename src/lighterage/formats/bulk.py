@@ -6,17 +6,23 @@ CPU, Triton on CUDA, or what `backend` names.
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import ClassVar, Literal, Protocol, cast
 
 import torch
 
-from lighterage.formats.layout import BulkLayout, checked_rows
-from lighterage.formats.parts import BASE_ALIGNMENT, FormatName, SplitRows
+from lighterage.formats.buffers import allocate
+from lighterage.formats.capacity import BulkCapacity, bulk_capacity
+from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks
+from lighterage.formats.parts import FormatName
 from lighterage.formats.quantized_tensor import DIRECTIONS, options_of, view_over
-from lighterage.formats.split_tensors import BulkSource, SplitTensors
+from lighterage.formats.split_tensors import Group, SplitTensors
+from lighterage.formats.splits import Splits
+from lighterage.kernels.reference.swiglu_rows import swiglu_rows
 
+Activation = Literal["swiglu"] | None
+"""What is computed of the input before it is quantized."""
 Backend = Literal["auto", "reference", "triton"]
 RoundingBits = Callable[[tuple[int, int]], torch.Tensor] | None
 """Gives uniform bytes of a shape, for stochastic rounding; None rounds to nearest."""
@@ -67,26 +73,33 @@ class BulkQuantizer(Quantizer, Protocol):
         columnwise_buffer: torch.Tensor | None,
         num_splits: int,
         seed: int | None,
+        swiglu: bool,
     ) -> None:
-        """Both directions of all splits with Triton, into buffers as their layouts say."""
+        """Both directions of all splits with Triton, into buffers as their layouts say. swiglu: of SwiGLU of `x_MK`."""
         ...
 
 
 def split_quantize(
     x: torch.Tensor,
-    m_splits: Sequence[int] | torch.Tensor,
+    m_splits: Sequence[int] | torch.Tensor | Splits,
     quantizers: Sequence[Quantizer],
     *,
+    activation: Activation = None,
     disable_bulk_allocation: bool = False,
     backend: Backend = "auto",
 ) -> tuple[SplitTensors, list[torch.Tensor]]:
     """Split `x` along its first dimension and quantize every split.
 
     x: (sum(m_splits), *, K) bf16, fp16 or fp32, on any device; not recorded by autograd.
-    m_splits: sizes of the splits, zeros among them if you like: integers, or an integer tensor on the CPU.
+    m_splits: sizes of the splits, zeros among them if you like: integers, an integer tensor on the CPU or on the device
+        of x, or `Splits`. Sizes on the device are never looked at: buffers are as large as any splits of so many rows
+        need, rows past the last split are ignored, and only the first look at a member waits for the device. Sizes
+        that the format does not allow, or that add up to more than the rows, are undefined behaviour there.
     quantizers: one for each split.
+    activation: "swiglu": x is (M, *, 2K), and what is quantized is silu of its first K columns times the other K, in
+        float32, rounded to the dtype of x once. It is not stored.
     disable_bulk_allocation: give every tensor memory of its own.
-    backend: "reference" (plain torch), "triton", or "auto": Triton for CUDA tensors.
+    backend: "reference" (plain torch, which must look at the sizes), "triton", or "auto": Triton for CUDA tensors.
 
     Returns: the quantized splits, a sequence whose members are made when they are first looked at, and the buffers that
     back them: uint8, 1-D, laid out as `bulk_layout` says, the rowwise one (if there is one) before the columnwise one
@@ -97,25 +110,27 @@ def split_quantize(
     Raises: ValueError, TypeError: naming the rule, what was received, and what to do.
     """
     check_input(x)
-    splits = m_splits.tolist() if isinstance(m_splits, torch.Tensor) else m_splits
-    if len(splits) != len(quantizers):
+    _check_activation(x, activation)
+    shape = x.shape
+    splits = Splits.of(m_splits, shape[0], x.device, rows_per_split=1 if len(shape) == 2 else prod(shape[1:-1]))
+    if splits.num_splits != len(quantizers):
         raise ValueError(
-            f"split_quantize needs one quantizer for each split; got {len(quantizers)} quantizers and {len(splits)} "
-            "splits. Repeat one quantizer: [quantizer] * len(m_splits)."
+            f"split_quantize needs one quantizer for each split; got {len(quantizers)} quantizers and "
+            f"{splits.num_splits} splits. Repeat one quantizer: [quantizer] * len(m_splits)."
         )
-    if not splits:
-        _check_total(x, 0)
-        return SplitTensors([], None), []
+    if not quantizers:
+        return SplitTensors(Group(dtype=x.dtype, row_shape=_row_shape(x, activation), splits=splits)), []
     quantizer = quantizers[0]
     if disable_bulk_allocation or not hasattr(quantizer, "format_name") or not _all_alike(quantizers):
-        return _one_by_one(x, splits, quantizers, backend), []
-    return _quantize_group(x, splits, cast(BulkQuantizer, quantizer), backend)
+        return _one_by_one(x, splits, quantizers, activation, backend), []
+    return _quantize_group(x, splits, cast(BulkQuantizer, quantizer), activation, backend)
 
 
 def quantize_one(x: torch.Tensor, quantizer: BulkQuantizer, backend: Backend) -> torch.Tensor:
     """`x` as a group of one."""
     check_input(x)
-    return _quantize_group(x, (x.shape[0],), quantizer, backend)[0][0]
+    splits = Splits.of((x.shape[0],), x.shape[0], x.device, rows_per_split=prod(x.shape[1:-1]))
+    return _quantize_group(x, splits, quantizer, None, backend)[0][0]
 
 
 def quantize_into(x: torch.Tensor, quantizer: Quantizer, out: torch.Tensor, backend: Backend) -> None:
@@ -133,61 +148,75 @@ def quantize_into(x: torch.Tensor, quantizer: Quantizer, out: torch.Tensor, back
 
 
 def _quantize_group(
-    x: torch.Tensor, m_splits: Sequence[int], quantizer: BulkQuantizer, backend: Backend
+    x: torch.Tensor, splits: Splits, quantizer: BulkQuantizer, activation: Activation, backend: Backend
 ) -> tuple[SplitTensors, list[torch.Tensor]]:
     check_usage(quantizer)
     quantizer.check(x)
-    row_shape = tuple(x.shape[1:])
-    rows = checked_rows(quantizer.format_name, m_splits, row_shape)
-    _check_total(x, sum(rows.splits))
     use_triton = chosen_triton(backend, x.device)
-    layouts, buffers = {}, {}
+    row_shape = _row_shape(x, activation)
+    check_blocks(quantizer.format_name, row_shape[-1])
+    if splits.rows is not None:
+        check_split_blocks(quantizer.format_name, splits.rows)
+    layouts: dict[str, BulkLayout | BulkCapacity] = {}
+    buffers = {}
     for direction in DIRECTIONS:
         if getattr(quantizer, direction):
-            columnwise = direction == "columnwise"
-            layout = BulkLayout(quantizer.format_name, rows, row_shape, columnwise, quantizer.block_2d)
-            layouts[direction], buffers[direction] = layout, allocate(layout, x.device)
-    source = BulkSource(quantizer.tensor_class, quantizer.tensor_options(), x.dtype, x.device, layouts, buffers)
-    tensors = SplitTensors([None] * len(rows.splits), source)
-    x_MK = x.detach().reshape(rows.total, row_shape[-1]).contiguous()
+            layouts[direction] = _layout(quantizer, splits, row_shape, direction == "columnwise")
+            buffers[direction] = allocate(layouts[direction], x.device)
+    group = Group(
+        tensor_class=quantizer.tensor_class,
+        options=quantizer.tensor_options(),
+        format_name=quantizer.format_name,
+        block_2d=quantizer.block_2d,
+        dtype=x.dtype,
+        row_shape=row_shape,
+        splits=splits,
+        layouts=layouts,
+    )
+    tensors = SplitTensors(group, buffers=buffers)
+    x_MK = x.detach().reshape(splits.num_rows, x.shape[-1]).contiguous()
     if x_MK.numel() == 0:
         for buffer in buffers.values():
             buffer.zero_()
     elif use_triton:
-        ends = upload_ends(rows, x.device)
         ways = buffers.get("rowwise"), buffers.get("columnwise")
-        quantizer.launch(x_MK, ends, *ways, len(rows.splits), quantizer.draw_seed())
+        quantizer.launch(x_MK, splits.ends, *ways, splits.num_splits, quantizer.draw_seed(), activation == "swiglu")
     else:
-        _fill_with_reference(x_MK, rows, source, quantizer)
+        _fill_with_reference(swiglu_rows(x_MK) if activation else x_MK, group, buffers, quantizer)
     return tensors, list(buffers.values())
 
 
-def allocate(layout: BulkLayout, device: torch.device) -> torch.Tensor:
-    """A new buffer for `layout`, uint8 of `layout.num_bytes`, that begins at a multiple of 256 bytes; uninitialised."""
-    whole = torch.empty(layout.allocated_bytes, dtype=torch.uint8, device=device)
-    start = -whole.data_ptr() % BASE_ALIGNMENT
-    return whole.narrow(0, start, layout.num_bytes)
+def _row_shape(x: torch.Tensor, activation: Activation) -> tuple[int, ...]:
+    """The dimensions after the first of what is quantized."""
+    row_shape = tuple(x.shape[1:])
+    return row_shape if activation is None else (*row_shape[:-1], row_shape[-1] // 2)
 
 
-def upload_ends(rows: SplitRows, device: torch.device) -> torch.Tensor:
-    """The rows up to and including each split, int64, on `device`, without waiting for it.
+def _layout(
+    quantizer: BulkQuantizer, splits: Splits, row_shape: tuple[int, ...], columnwise: bool
+) -> BulkLayout | BulkCapacity:
+    if splits.rows is not None:
+        return BulkLayout(quantizer.format_name, splits.rows, row_shape, columnwise, quantizer.block_2d)
+    return bulk_capacity(
+        quantizer.format_name,
+        num_rows=splits.num_rows,
+        num_splits=splits.num_splits,
+        num_cols=row_shape[-1],
+        columnwise=columnwise,
+        block_2d=quantizer.block_2d,
+    )
 
-    The copy leaves from pinned memory, whose allocator keeps it until the copy is done and then uses it again.
-    """
-    sizes = torch.frombuffer(array("q", rows.rows), dtype=torch.int64)
-    if device.type == "cpu":
-        return sizes.cumsum(0)
-    staging = torch.empty(len(rows.rows), dtype=torch.int64, pin_memory=True)
-    return torch.cumsum(sizes, 0, out=staging).to(device, non_blocking=True)
 
-
-def _fill_with_reference(x_MK: torch.Tensor, rows: SplitRows, source: BulkSource, quantizer: BulkQuantizer) -> None:
+def _fill_with_reference(
+    x_MK: torch.Tensor, group: Group, buffers: dict[str, torch.Tensor], quantizer: BulkQuantizer
+) -> None:
     seed = quantizer.draw_seed()
     random = None if seed is None else torch.Generator(x_MK.device).manual_seed(seed)
     bits = None if random is None else lambda shape: _random_bytes(shape, random)
-    for index, x_split in enumerate(x_MK.split(rows.rows)):
-        for direction, buffer in source.buffers.items():
-            layout = source.layouts[direction]
+    sizes = group.splits.sizes
+    for index, x_split in enumerate(x_MK[: sum(sizes)].split(sizes)):
+        for direction, buffer in buffers.items():
+            layout = group.layout(direction)
             results = quantizer.reference(x_split, direction == "columnwise", bits)
             for part, result in zip(layout.parts, results, strict=True):
                 view = view_over(buffer, layout.view(part.name, index))
@@ -209,13 +238,14 @@ def draw_seed(generator: torch.Generator) -> int:
 
 
 def _one_by_one(
-    x: torch.Tensor, m_splits: Sequence[int], quantizers: Sequence[Quantizer], backend: Backend
+    x: torch.Tensor, splits: Splits, quantizers: Sequence[Quantizer], activation: Activation, backend: Backend
 ) -> SplitTensors:
-    if any(split < 0 for split in m_splits):
-        raise ValueError(f"m_splits must not be negative; got {list(m_splits)}. Use 0 for an empty split.")
-    _check_total(x, sum(m_splits))
-    pieces = zip(quantizers, x.split(list(m_splits)), strict=True)
-    return SplitTensors([quantizer(piece, backend=backend) for quantizer, piece in pieces], None)
+    row_shape = _row_shape(x, activation)
+    y = swiglu_rows(x.detach().flatten(0, -2)).view(x.shape[0], *row_shape) if activation else x
+    sizes = splits.sizes if splits.rows is None else splits.rows.splits
+    pieces = zip(quantizers, y[: sum(sizes)].split(sizes), strict=True)
+    members = [quantizer(piece, backend=backend) for quantizer, piece in pieces]
+    return SplitTensors(Group(dtype=x.dtype, row_shape=row_shape, splits=splits), members=members)
 
 
 def _all_alike(quantizers: Sequence[Quantizer]) -> bool:
@@ -282,10 +312,11 @@ def check_input(x: object) -> None:
         raise ValueError(f"quantization needs x of 2 dimensions or more; got {tuple(x.shape)}. Use x.view(1, -1).")
 
 
-def _check_total(x: torch.Tensor, total: int) -> None:
-    if total != x.shape[0]:
-        which = "short" if total < x.shape[0] else "long"
+def _check_activation(x: torch.Tensor, activation: object) -> None:
+    if activation not in (None, "swiglu"):
+        raise ValueError(f"activation must be None or 'swiglu'; got {activation!r}.")
+    if activation and x.shape[-1] % 2:
         raise ValueError(
-            f"m_splits must add up to the first dimension of x; got a sum of {total} for {x.shape[0]} "
-            f"(x: {tuple(x.shape)}): too {which} by {abs(total - x.shape[0])}. Slice x, or correct m_splits."
+            f"swiglu needs gate and up side by side, an even last dimension; got {tuple(x.shape)}. "
+            "Pass torch.cat([gate, up], -1)."
         )

@@ -196,6 +196,7 @@ class Float8BlockQuantizer:
         columnwise_buffer: torch.Tensor | None,
         num_splits: int,
         seed: int | None,
+        swiglu: bool,
     ) -> None:
         from lighterage.kernels.triton.fp8_block import split_quantize_fp8_block
 
@@ -209,6 +210,7 @@ class Float8BlockQuantizer:
             power_of_2=self.power_of_2_scale,
             epsilon=self.amax_epsilon,
             block_2d=self.block_2d,
+            **({"swiglu": True} if swiglu else {}),
         )
 
     def draw_seed(self) -> int | None:

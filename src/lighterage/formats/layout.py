@@ -177,8 +177,6 @@ def bulk_layout(
     Raises: ValueError: on an unknown format, a negative split, or sizes that the format's blocks do not divide.
     Source: Transformer Engine pytorch/csrc/extensions/allocate.cpp and cast.cpp (bulk allocation).
     """
-    if format_name not in BLOCK_MULTIPLE:
-        raise ValueError(f"unknown format {format_name!r} for a bulk layout. Pass one of {sorted(BLOCK_MULTIPLE)}.")
     shape = (row_shape,) if isinstance(row_shape, int) else tuple(row_shape)
     return BulkLayout(format_name, checked_rows(format_name, m_splits, shape), shape, columnwise, block_2d)
 
@@ -193,23 +191,50 @@ def checked_rows(format_name: FormatName, m_splits: Sequence[int], row_shape: tu
 
     Raises: ValueError, TypeError: naming the first size that breaks the rule.
     """
-    multiple = BLOCK_MULTIPLE[format_name]
-    if row_shape[-1] % multiple:
-        raise ValueError(
-            f"{_TITLE[format_name]} needs K divisible by {multiple}; got K={row_shape[-1]} (rows of {row_shape}). "
-            "Pad K, or use Float8Block."
-        )
+    check_blocks(format_name, row_shape[-1])
+    rows = split_rows(m_splits, prod(row_shape[:-1]))
+    check_split_blocks(format_name, rows)
+    return rows
+
+
+def split_rows(m_splits: Sequence[int], rows_per_split: int = 1) -> SplitRows:
+    """The rows of every split, each of whose entries has `rows_per_split`, after checking that none is negative.
+
+    Raises: ValueError, TypeError: naming the first size that breaks the rule.
+    """
     try:
-        rows = SplitRows(tuple(m_splits), prod(row_shape[:-1]))
+        rows = SplitRows(tuple(m_splits), rows_per_split)
     except TypeError:
         raise TypeError(f"m_splits must be integers; got {m_splits!r}. Convert each split with int().") from None
     if rows.bits < 0:
         index = next(i for i, num_rows in enumerate(rows.rows) if num_rows < 0)
         raise ValueError(f"m_splits must not be negative; got {rows.splits[index]} at index {index}. Use 0 for none.")
+    return rows
+
+
+def check_blocks(format_name: FormatName, num_cols: int) -> None:
+    """Check that there is such a format, and that its blocks divide K.
+
+    Raises: ValueError.
+    """
+    if format_name not in BLOCK_MULTIPLE:
+        raise ValueError(f"unknown format {format_name!r} for a bulk layout. Pass one of {sorted(BLOCK_MULTIPLE)}.")
+    multiple = BLOCK_MULTIPLE[format_name]
+    if num_cols % multiple:
+        raise ValueError(
+            f"{_TITLE[format_name]} needs K divisible by {multiple}; got K={num_cols}. Pad K, or use Float8Block."
+        )
+
+
+def check_split_blocks(format_name: FormatName, rows: SplitRows) -> None:
+    """Check that the format's blocks divide the rows of every split.
+
+    Raises: ValueError: naming the first that they do not.
+    """
+    multiple = BLOCK_MULTIPLE[format_name]
     if rows.bits % multiple:
         index = next(i for i, num_rows in enumerate(rows.rows) if num_rows % multiple)
         raise ValueError(
             f"{_TITLE[format_name]} needs the rows of every split divisible by {multiple}; got {rows.rows[index]} rows "
             f"in split {index}. Pad each split to a multiple of {multiple}, or use Float8Block."
         )
-    return rows

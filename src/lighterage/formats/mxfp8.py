@@ -153,9 +153,16 @@ class MXFP8Quantizer:
         columnwise_buffer: torch.Tensor | None,
         num_splits: int,
         seed: int | None,
+        swiglu: bool,
     ) -> None:
         from lighterage.kernels.triton.mxfp8 import split_quantize_mxfp8
 
         split_quantize_mxfp8(
-            x_MK, ends, rowwise_buffer, columnwise_buffer, num_splits=num_splits, fp8_dtype=self.fp8_dtype
+            x_MK,
+            ends,
+            rowwise_buffer,
+            columnwise_buffer,
+            num_splits=num_splits,
+            fp8_dtype=self.fp8_dtype,
+            **({"swiglu": True} if swiglu else {}),
         )

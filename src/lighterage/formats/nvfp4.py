@@ -208,6 +208,7 @@ class NVFP4Quantizer:
         columnwise_buffer: torch.Tensor | None,
         num_splits: int,
         seed: int | None,
+        swiglu: bool,
     ) -> None:
         from lighterage.kernels.triton.nvfp4 import split_quantize_nvfp4
 
@@ -221,4 +222,5 @@ class NVFP4Quantizer:
             block_2d=self.with_2d_quantization,
             stochastic_rounding=self.stochastic_rounding,
             seed=seed or 0,
+            **({"swiglu": True} if swiglu else {}),
         )

@@ -3,63 +3,160 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import overload
+from typing import final, overload
 
 import torch
 
+from lighterage.formats.buffers import check_returned
+from lighterage.formats.capacity import BulkCapacity
 from lighterage.formats.layout import BulkLayout
+from lighterage.formats.parts import FormatName
 from lighterage.formats.quantized_tensor import as_quantized, construct, view_over
+from lighterage.formats.splits import Splits
+
+Buffers = Mapping[str, torch.Tensor]
 
 
-class BulkSource:
-    """What is needed to make any member of a group: its class and options, and for each direction layout and buffer."""
+@final
+class Group:
+    """What a group of quantized splits is, apart from its memory: enough to make any member over buffers."""
 
-    __slots__ = ("buffers", "device", "dtype", "layouts", "options", "tensor_class")
+    __slots__ = (
+        "_known",
+        "block_2d",
+        "dtype",
+        "format_name",
+        "layouts",
+        "options",
+        "row_shape",
+        "splits",
+        "tensor_class",
+    )
 
     def __init__(
         self,
-        tensor_class: type[torch.Tensor],
-        options: Mapping[str, object],
+        *,
         dtype: torch.dtype,
-        device: torch.device,
-        layouts: dict[str, BulkLayout],
-        buffers: dict[str, torch.Tensor],
+        row_shape: tuple[int, ...],
+        splits: Splits,
+        tensor_class: type[torch.Tensor] = torch.Tensor,
+        options: Mapping[str, object] | None = None,
+        format_name: FormatName | None = None,
+        block_2d: bool = False,
+        layouts: Mapping[str, BulkLayout | BulkCapacity] | None = None,
     ) -> None:
-        self.tensor_class = tensor_class
-        self.options = options
         self.dtype = dtype
-        self.device = device
-        self.layouts = layouts
-        """By direction, of the directions that were quantized."""
-        self.buffers = buffers
-        """By direction, of those that have not been dropped: uint8, the start of the layout at the first byte."""
+        """Of what was quantized."""
+        self.row_shape = row_shape
+        """Its dimensions after the first."""
+        self.splits = splits
+        self.tensor_class = tensor_class
+        self.options = options or {}
+        self.format_name = format_name
+        """None: the members were quantized one by one, and there are no layouts."""
+        self.block_2d = block_2d
+        self.layouts = layouts or {}
+        """By direction, of the directions that were quantized: capacities where only the device knows the splits."""
+        self._known: dict[str, BulkLayout] = {}
 
-    def make(self, index: int) -> torch.Tensor:
-        """A new tensor over the buffers."""
+    def layout(self, direction: str) -> BulkLayout:
+        """Where everything lies. Splits that only the device knows are asked for, once, which waits for it."""
+        if direction not in self._known:
+            layout = self.layouts[direction]
+            known = layout.layout(self.splits.sizes) if isinstance(layout, BulkCapacity) else layout
+            self._known[direction] = known
+        return self._known[direction]
+
+    def make(self, index: int, buffers: Buffers) -> torch.Tensor:
+        """A new tensor over `buffers`, by direction."""
         inner = {
-            f"{direction}_{part.name}": view_over(buffer, self.layouts[direction].view(part.name, index))
-            for direction, buffer in self.buffers.items()
-            for part in self.layouts[direction].parts
+            f"{direction}_{part.name}": view_over(buffer, self.layout(direction).view(part.name, index))
+            for direction, buffer in buffers.items()
+            for part in self.layout(direction).parts
         }
-        layout = next(iter(self.layouts.values()))
-        shape = (layout.splits[index], *layout.row_shape)
-        return construct(self.tensor_class, shape, self.dtype, self.device, inner, self.options)
+        shape = (self.layout(next(iter(self.layouts))).splits[index], *self.row_shape)
+        return construct(self.tensor_class, shape, self.dtype, self.splits.device, inner, self.options)
 
 
+@final
 class SplitTensors(Sequence[torch.Tensor]):
     """The tensors of one `split_quantize`: a sequence that gives the same object every time.
 
     Members over bulk buffers are made when they are first looked at. Until the last one is made, the sequence itself
-    holds the buffers: drop it, call `update_usage`, or look at every member, to let the members alone decide.
+    holds the buffers: drop it, call `update_usage`, or look at every member, to let the members alone decide. Where
+    only the device knows the splits, the first look at a member waits for it; the attributes never do.
     """
 
-    __slots__ = ("_members", "_num_missing", "_source")
+    __slots__ = ("_buffers", "_group", "_members", "_num_missing")
 
-    def __init__(self, members: Sequence[torch.Tensor | None], source: BulkSource | None) -> None:
-        """Either all `members` are there and there is no source, or none is and the source makes them."""
-        self._members = list(members)
-        self._source = source
-        self._num_missing = 0 if source is None else len(members)
+    def __init__(self, group: Group, *, members: Sequence[torch.Tensor] | None = None, buffers: Buffers | None = None):
+        """Either all `members` are there, or they will be made over `buffers`."""
+        self._group = group
+        self._buffers = dict(buffers or {})
+        self._members: list[torch.Tensor | None] = [None] * group.splits.num_splits if members is None else [*members]
+        self._num_missing = len(self._members) if members is None else 0
+
+    @property
+    def splits(self) -> Splits:
+        """How the rows are split."""
+        return self._group.splits
+
+    @property
+    def format_name(self) -> FormatName | None:
+        """Of the bulk layout; None if the members were quantized one by one, each into memory of its own."""
+        return self._group.format_name
+
+    @property
+    def num_cols(self) -> int:
+        """K, the last dimension of what was quantized."""
+        return self._group.row_shape[-1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of what was quantized."""
+        return self._group.dtype
+
+    @property
+    def block_2d(self) -> bool:
+        """Whether scales belong to two-dimensional blocks."""
+        return self._group.block_2d
+
+    @property
+    def options(self) -> Mapping[str, object]:
+        """The options that every member has, by name; empty if they were quantized one by one."""
+        return self._group.options
+
+    @property
+    def buffers(self) -> Buffers:
+        """The bulk buffers that back all members, by direction ("rowwise", "columnwise"): uint8, 1-D.
+
+        A direction that was dropped or never made is not among them, nor one that only some members hold.
+        """
+        if self._num_missing:
+            return dict(self._buffers)
+        found = {direction: self._buffer_of_members(direction) for direction in self._group.layouts}
+        return {direction: buffer for direction, buffer in found.items() if buffer is not None}
+
+    def with_buffers(
+        self, *, rowwise: torch.Tensor | None = None, columnwise: torch.Tensor | None = None
+    ) -> SplitTensors:
+        """The same group over other memory: the bytes of the given buffers, wherever they lie now.
+
+        rowwise, columnwise: buffers with the bytes of `buffers`, or None: the new group has not that direction.
+        Makes no member, and does not touch this group.
+        Raises: ValueError, TypeError: if a buffer has not the size, dtype or device, or was not quantized.
+        """
+        buffers = {}
+        for direction, buffer in (("rowwise", rowwise), ("columnwise", columnwise)):
+            if buffer is not None:
+                layout = self._group.layouts.get(direction)
+                if layout is None:
+                    raise ValueError(
+                        f"this group has no {direction} direction to put over a buffer; it was quantized "
+                        f"{' and '.join(self._group.layouts) or 'one by one'}. Quantize with {direction}=True."
+                    )
+                buffers[direction] = check_returned(buffer, direction, layout.num_bytes, self._group.splits.device)
+        return SplitTensors(self._group, buffers=buffers)
 
     def __len__(self) -> int:
         return len(self._members)
@@ -73,11 +170,11 @@ class SplitTensors(Sequence[torch.Tensor]):
             return [self[i] for i in range(len(self))[index]]
         member = self._members[index]
         if member is None:
-            assert self._source is not None
-            member = self._members[index] = self._source.make(index if index >= 0 else index + len(self))
+            place = index if index >= 0 else index + len(self)
+            member = self._members[index] = self._group.make(place, self._buffers)
             self._num_missing -= 1
             if self._num_missing == 0:
-                self._source = None
+                self._buffers.clear()
         return member
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -92,24 +189,17 @@ class SplitTensors(Sequence[torch.Tensor]):
     def __repr__(self) -> str:
         return f"SplitTensors({list(self)!r})"
 
-    @property
-    def source(self) -> BulkSource | None:
-        """What the members that are still missing will be made from; None if there are none."""
-        return self._source
-
     def update_usage(self, rowwise_usage: bool | None = None, columnwise_usage: bool | None = None) -> None:
         """`update_usage` of every member. Dropping makes no member, and costs the same for any number of them.
 
         Raises: ValueError: if a direction is asked for that is not there and cannot be made.
         """
         wanted = {"rowwise": rowwise_usage, "columnwise": columnwise_usage}
-        source = self._source
-        if source is not None and any(want and way not in source.buffers for way, want in wanted.items()):
+        if self._num_missing and any(want and way not in self._buffers for way, want in wanted.items()):
             self[:]
-        elif source is not None:
-            for direction, want in wanted.items():
-                if want is False:
-                    source.buffers.pop(direction, None)
+        for direction, want in wanted.items():
+            if want is False:
+                self._buffers.pop(direction, None)
         for member in self.made():
             if member is not None:
                 as_quantized(member).update_usage(rowwise_usage, columnwise_usage)
@@ -117,3 +207,41 @@ class SplitTensors(Sequence[torch.Tensor]):
     def made(self) -> Sequence[torch.Tensor | None]:
         """The members, None where one has not been made; empty if none has."""
         return self._members if self._num_missing < len(self) else ()
+
+    @property
+    def num_missing(self) -> int:
+        """How many members have not been made."""
+        return self._num_missing
+
+    @property
+    def group(self) -> Group:
+        """What the members are made from, apart from memory."""
+        return self._group
+
+    def hold(self, direction: str, buffer: torch.Tensor) -> None:
+        """Make the members that are still missing over `buffer`, which was checked."""
+        if self._num_missing:
+            self._buffers[direction] = buffer
+
+    def _buffer_of_members(self, direction: str) -> torch.Tensor | None:
+        """The buffer that the members alone keep, if all of them hold their part of one."""
+        layout, num_bytes = self._group.layout(direction), self._group.layouts[direction].num_bytes
+        start: int | None = None
+        buffer = torch.empty(num_bytes if not any(layout.splits) else 0, dtype=torch.uint8, device=self.splits.device)
+        for index, member in enumerate(self._members):
+            for part in layout.parts:
+                value: torch.Tensor | None = getattr(member, f"{direction}_{part.name}")
+                if value is None:
+                    return None
+                if value.numel() == 0:
+                    continue
+                begin = value.data_ptr() - layout.view(part.name, index).offset
+                if start is None:
+                    storage = value.untyped_storage()
+                    offset = begin - storage.data_ptr()
+                    if offset < 0 or offset + num_bytes > storage.nbytes():
+                        return None
+                    start, buffer = begin, buffer.set_(storage, offset, (num_bytes,), (1,))
+                if begin != start:
+                    return None
+        return buffer

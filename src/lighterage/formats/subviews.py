@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from lighterage.formats.buffers import check_buffer, check_returned
+from lighterage.formats.capacity import BulkCapacity
 from lighterage.formats.layout import BulkLayout, ViewSpec
 from lighterage.formats.quantized_tensor import DTYPES, as_quantized, is_quantized, view_over
 from lighterage.formats.split_tensors import SplitTensors
@@ -20,8 +22,8 @@ class SubviewInfo:
 
     num_bytes: int
     """Bytes of the buffer."""
-    layout: BulkLayout | None = None
-    """The whole description, for the group that `split_quantize` made."""
+    layout: BulkLayout | BulkCapacity | None = None
+    """The description of a whole group that `split_quantize` made; a capacity, if only the device knew its splits."""
     views: tuple[tuple[tuple[str, ViewSpec], ...], ...] = ()
     """Otherwise the view specs of each tensor, by part name."""
 
@@ -29,9 +31,17 @@ class SubviewInfo:
         return len(self.views) if self.layout is None else len(self.layout)
 
     def of(self, index: int) -> dict[str, ViewSpec]:
-        """The view specs of one tensor, by part name."""
+        """The view specs of one tensor, by part name.
+
+        Raises: ValueError: if only the device knew the splits.
+        """
         if self.layout is None:
             return dict(self.views[index])
+        if isinstance(self.layout, BulkCapacity):
+            raise ValueError(
+                "this info was recorded without the splits, which only the device knew. Restore the sequence that "
+                "split_quantize returned, not its members, or record the info of list(tensors)."
+            )
         return {part.name: self.layout.view(part.name, index) for part in self.layout.parts}
 
 
@@ -40,20 +50,20 @@ def get_columnwise_subview_info(tensors: Sequence[torch.Tensor], columnwise_buff
 
     tensors: what `split_quantize` gave, whole or in part, in any order.
     columnwise_buffer: the buffer that it gave with them, uint8, 1-D.
-    For the whole sequence it makes no member, so its cost does not grow with their number.
+    For the whole sequence it makes no member, so its cost does not grow with their number, and it waits for nothing.
 
     Raises: ValueError, TypeError: if a tensor has no columnwise data, or data elsewhere than in this buffer.
     """
-    _check_buffer(columnwise_buffer)
-    if isinstance(tensors, SplitTensors) and tensors.source is not None:
-        own = tensors.source.buffers.get("columnwise")
+    check_buffer(columnwise_buffer, "columnwise")
+    if isinstance(tensors, SplitTensors) and tensors.num_missing:
+        own = tensors.buffers.get("columnwise")
         if own is None or not _same_bytes(own, columnwise_buffer):
             have = "no columnwise buffer" if own is None else f"one of {own.numel()} bytes elsewhere"
             raise ValueError(
                 f"the tensors are not views of this columnwise buffer ({columnwise_buffer.numel()} bytes): they have "
                 f"{have}. Pass the last of the buffers that split_quantize returned with them."
             )
-        return SubviewInfo(num_bytes=own.numel(), layout=tensors.source.layouts["columnwise"])
+        return SubviewInfo(num_bytes=own.numel(), layout=tensors.group.layouts["columnwise"])
     views = tuple(_views_in(tensor, index, columnwise_buffer) for index, tensor in enumerate(tensors))
     return SubviewInfo(num_bytes=columnwise_buffer.numel(), views=views)
 
@@ -68,38 +78,34 @@ def restore_columnwise_subviews(
     Raises: ValueError, TypeError: if the buffer has not the size, dtype or device, or the tensors not the number, that
     `info` was made for.
     """
-    _check_buffer(columnwise_buffer)
-    if columnwise_buffer.numel() != info.num_bytes:
-        raise ValueError(
-            f"the columnwise buffer must have the {info.num_bytes} bytes that it had; got {columnwise_buffer.numel()}. "
-            "Pass the whole buffer that came back."
-        )
-    if columnwise_buffer.data_ptr() % 4:
-        raise ValueError(
-            "the columnwise buffer begins at an odd address, where float32 scales cannot be read. "
-            "Copy it: columnwise_buffer.clone()."
-        )
+    check_buffer(columnwise_buffer, "columnwise")
     if len(tensors) != len(info):
         raise ValueError(
             f"the info is of {len(info)} tensors; got {len(tensors)}. Pass the same tensors in the same order."
         )
-    members: Sequence[torch.Tensor | None] = tensors
-    source = tensors.source if isinstance(tensors, SplitTensors) else None
-    if isinstance(tensors, SplitTensors) and source and info.layout == source.layouts.get("columnwise"):
-        _check_device(source.device, columnwise_buffer)
-        source.buffers["columnwise"] = columnwise_buffer
-        members = tensors.made()
-    for index, member in enumerate(members):
-        if member is not None:
-            _restore(member, index, columnwise_buffer, info.of(index))
+    if (
+        isinstance(tensors, SplitTensors)
+        and info.layout is not None
+        and info.layout == tensors.group.layouts.get("columnwise")
+    ):
+        check_returned(columnwise_buffer, "columnwise", info.num_bytes, tensors.splits.device)
+        tensors.hold("columnwise", columnwise_buffer)
+        for index, member in enumerate(tensors.made()):
+            if member is not None:
+                layout = tensors.group.layout("columnwise")
+                views = {part.name: layout.view(part.name, index) for part in layout.parts}
+                _restore(member, index, columnwise_buffer, views)
+        return
+    for index, tensor in enumerate(tensors):
+        if not is_quantized(tensor):
+            raise TypeError(
+                f"tensor {index} must be quantized; got {type(tensor).__name__}. Pass split_quantize's tensors."
+            )
+        check_returned(columnwise_buffer, "columnwise", info.num_bytes, tensor.device)
+        _restore(tensor, index, columnwise_buffer, info.of(index))
 
 
 def _restore(tensor: torch.Tensor, index: int, buffer: torch.Tensor, views: dict[str, ViewSpec]) -> None:
-    if not is_quantized(tensor):
-        raise TypeError(
-            f"tensor {index} must be quantized; got {type(tensor).__name__}. Pass split_quantize's tensors."
-        )
-    _check_device(tensor.device, buffer)
     specs = as_quantized(tensor).inner_specs(tensor.shape)
     for name, view in views.items():
         wanted = specs.get(_PREFIX + name)
@@ -144,24 +150,3 @@ def _views_in(tensor: torch.Tensor, index: int, buffer: torch.Tensor) -> tuple[t
 
 def _same_bytes(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a is b or (a.device == b.device and a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
-
-
-def _check_buffer(buffer: object) -> None:
-    if not isinstance(buffer, torch.Tensor) or buffer.dtype != torch.uint8:
-        got = buffer.dtype if isinstance(buffer, torch.Tensor) else type(buffer).__name__
-        raise TypeError(
-            f"a columnwise buffer is a uint8 tensor; got {got}. Pass the buffer that split_quantize returned."
-        )
-    if buffer.ndim != 1 or not buffer.is_contiguous():
-        raise ValueError(
-            f"a columnwise buffer is 1-D and contiguous; got shape {tuple(buffer.shape)}, strides {buffer.stride()}. "
-            "Pass the whole buffer that split_quantize returned."
-        )
-
-
-def _check_device(device: torch.device, buffer: torch.Tensor) -> None:
-    if buffer.device != device:
-        raise ValueError(
-            f"the columnwise buffer must be on {device}, where the tensors are; got {buffer.device}. "
-            f"Bring it back: columnwise_buffer.to({str(device)!r})."
-        )
