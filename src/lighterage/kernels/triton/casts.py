@@ -33,6 +33,16 @@ def _round_to_bf16_in_integers(x):
 
 
 @triton.jit
+def narrow(x, dtype: tl.constexpr, HARDWARE: tl.constexpr):
+    """fp32 to the nearest value (ties to even) of bf16, fp16 or fp32."""
+    if dtype == tl.bfloat16 and not HARDWARE:  # the interpreter rounds wrongly
+        bits = _round_to_bf16_in_integers(x).to(tl.uint32, bitcast=True)
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(dtype)
+
+
+@triton.jit
 def round_pair_to_bf16(x0, x1, HARDWARE: tl.constexpr):
     """Two fp32 tensors to the nearest bf16 values (ties to even), kept as fp32."""
     if HARDWARE:  # in pairs: one by one the conversion runs at a quarter of the rate
