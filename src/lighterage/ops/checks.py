@@ -18,9 +18,11 @@ def checked_rows(x: torch.Tensor, w_ENK: torch.Tensor, recipe: Recipe | None) ->
 
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
-    if not isinstance(x, torch.Tensor) or x.dtype not in _DTYPES or hasattr(x, "FIELDS"):
-        got = f"{x.dtype} ({type(x).__name__})" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"a linear layer needs a bf16, fp16 or fp32 input; got {got}. Cast it, or dequantize it.")
+    if x.dtype not in _DTYPES or hasattr(x, "FIELDS"):
+        raise TypeError(
+            f"a linear layer needs a bf16, fp16 or fp32 input; got a {type(x).__name__} of {x.dtype}. Cast it, or call "
+            "its dequantize()."
+        )
     if w_ENK.dtype not in _DTYPES:
         raise TypeError(f"a linear layer needs bf16, fp16 or fp32 weights; got {w_ENK.dtype}. Cast them.")
     if x.device != w_ENK.device:

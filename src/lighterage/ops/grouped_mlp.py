@@ -31,7 +31,7 @@ from lighterage.ops.grouped_products import (
     shell_of,
     without_rowwise,
 )
-from lighterage.ops.swiglu import swiglu_backward
+from lighterage.ops.swiglu import swiglu_gradients
 from lighterage.recipes import Recipe, check_recipe
 from lighterage.unseen import unseen
 
@@ -143,7 +143,7 @@ class _SwiGLULinear(torch.autograd.Function):
                     a = products.activated_rows(h, probs_M, rowwise=False, columnwise=True)
                 dw_EHF = products.weight_gradient(dy, a, w_dtype)
             if da_MF is not None:
-                dh, dprobs_M = swiglu_backward(da_MF, h, probs_M)
+                dh, dprobs_M = swiglu_gradients(da_MF, h, probs_M)
         if not graph_is_kept():
             ctx.weight = None
         dprobs_M = dprobs_M.to(probs_dtype) if needs_probs and dprobs_M is not None else None

@@ -28,7 +28,7 @@ from lighterage.ops.per_tensor import (
     quantize_rows,
     quantize_weight,
 )
-from lighterage.ops.swiglu import swiglu
+from lighterage.ops.swiglu import swiglu_activation
 from lighterage.recipes import Float8CurrentScaling, Recipe, Role
 
 Operand: TypeAlias = torch.Tensor | SplitTensors | ScaledCodes
@@ -62,7 +62,7 @@ class GroupedProducts:
     ) -> Operand:
         """The SwiGLU of `h_MK2`, as an input: quantized without being stored where nothing else is to be done to it."""
         if self.recipe is None or isinstance(self.recipe, Float8CurrentScaling) or probs_M is not None:
-            return self.rows(swiglu(h_MK2, probs_M), "input", rowwise=rowwise, columnwise=columnwise)
+            return self.rows(swiglu_activation(h_MK2, probs_M), "input", rowwise=rowwise, columnwise=columnwise)
         quantizer = self.recipe.quantizer("input", rowwise=rowwise, columnwise=columnwise)
         quantizers = [quantizer] * self.splits.num_splits
         return split_quantize(h_MK2, self.splits, quantizers, activation="swiglu")[0]

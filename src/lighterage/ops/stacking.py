@@ -49,7 +49,7 @@ class _Stacked(torch.autograd.Function):
         return first.as_strided((len(tensors), *first.shape), (first.numel(), *first.stride()))
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return tuple(
             part if needed else None for part, needed in zip(grad.unbind(0), ctx.needs_input_grad, strict=True)
         )
