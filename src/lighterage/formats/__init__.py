@@ -17,6 +17,7 @@ buffer for each direction, that can be taken away and brought back as a whole.
 """
 
 from lighterage.formats.bulk import split_quantize
+from lighterage.formats.dequantize import dequantize_group
 from lighterage.formats.fp8_block import Float8BlockQuantizer, Float8BlockTensor
 from lighterage.formats.fp8_tensor import Float8CurrentScalingQuantizer, Float8Tensor
 from lighterage.formats.layout import BulkLayout, ViewSpec, bulk_layout
@@ -41,6 +42,7 @@ __all__ = [
     "SubviewInfo",
     "ViewSpec",
     "bulk_layout",
+    "dequantize_group",
     "get_columnwise_subview_info",
     "restore_columnwise_subviews",
     "split_quantize",

@@ -154,7 +154,7 @@ def quantize(
 def dequantize(
     data: torch.Tensor,
     scale: torch.Tensor,
-    amax: torch.Tensor,
+    amax: torch.Tensor | None,
     *,
     columnwise: bool,
     hadamard: bool,
@@ -162,15 +162,16 @@ def dequantize(
 ) -> torch.Tensor:
     """Undo `quantize`: (M, K) in `out_dtype`.
 
-    The float32 steps are (scale * amax) * (1/2688), then the product with the value. With `hadamard` the inverse
-    transform follows, in float32.
+    The float32 steps are (scale * amax) * (1/2688), then the product with the value. Without `amax` the scale alone is
+    the factor. With `hadamard` the inverse transform follows, in float32.
 
     Source: Transformer Engine common/cast/nvfp4/dequantize_nvfp4.cuh.
     """
     num_rows, num_cols = data.shape[0], data.shape[1] * 2
-    block_scale = decode_fp8(scale[:num_rows, : num_cols // BLOCK].contiguous(), _E4M3)
-    amax_1 = amax.reshape(1)
-    factor = (block_scale * amax_1) * divide(1.0, torch.full_like(amax_1, _GLOBAL))
+    factor = decode_fp8(scale[:num_rows, : num_cols // BLOCK].contiguous(), _E4M3)
+    if amax is not None:
+        amax_1 = amax.reshape(1)
+        factor = (factor * amax_1) * divide(1.0, torch.full_like(amax_1, _GLOBAL))
     values = decode_e2m1(unpack(data)) * factor.repeat_interleave(BLOCK, 1)
     if hadamard:
         values = inverse_hadamard(values)
