@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
 from lighterage.formats.parts import round_up
+from lighterage.formats.splits import Splits
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +31,7 @@ class Permutation:
     padding: Tensor
     """int32 (C - T * k,): the rows that hold no token."""
     m_splits: Tensor
-    """int64 (E,): rows of each expert, padded. What grouped layers take; rows after the last are no expert's."""
+    """int64 (E,): rows of each expert, padded; rows after the last are no expert's."""
     num_tokens_of: Tensor
     """int64 (E,): copies that went to each expert."""
 
@@ -37,6 +39,11 @@ class Permutation:
     def num_rows(self) -> int:
         """C, the rows of what `permute` returns."""
         return self.tokens.shape[0]
+
+    @cached_property
+    def splits(self) -> Splits:
+        """`m_splits` as grouped layers take them, made once for all that work on these rows."""
+        return Splits(num_rows=self.num_rows, ends=self.m_splits.cumsum(0))
 
 
 def capacity(num_copies: int, num_experts: int, alignment: int) -> int:

@@ -108,6 +108,25 @@ def router_z_loss(logits: Tensor) -> Tensor:
     return logits.logsumexp(-1).square().sum() / max(1, logits.shape[0])
 
 
+def attach_loss(x: Tensor, loss: Tensor) -> Tensor:
+    """`x`, through which a gradient also reaches `loss`, as if `loss` had been added to what backward begins from."""
+    return cast(Tensor, _AttachLoss.apply(x, loss))  # type: ignore[no-untyped-call]
+
+
+class _AttachLoss(torch.autograd.Function):
+    """The identity of its first argument, with a gradient of 1 for the second."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss_like = loss.dtype, loss.device
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        dtype, device = ctx.loss_like
+        return grad, torch.ones((), dtype=dtype, device=device)
+
+
 class _RouterLogits(torch.autograd.Function):
     """A float32 product that saves its operands in the dtypes that they have."""
 
