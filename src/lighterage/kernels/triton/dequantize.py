@@ -5,8 +5,7 @@ the last split become zeros: they are a further split, which ends with the matri
 
 Note [Transposed codes]
 FP8 block and NVFP4 store the columnwise direction of a split of m rows as (K, m). A thread loads the 4 (FP8) or 16
-(FP4) codes of neighbouring rows of one column as one word, and the word's tensors are transposed one by one on their way to
-the rows that they belong to.
+(FP4) codes of neighbouring rows of one column as one word, and what it decodes is transposed on its way to the rows.
 """
 
 from __future__ import annotations
