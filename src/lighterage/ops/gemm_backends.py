@@ -17,7 +17,6 @@ BackendName = Literal["auto", "torch", "triton", "reference", "emulation"]
 _BY_FORMAT: dict[str | None, tuple[str, ...]] = {
     None: ("torch", "reference"),
     "fp8_block": ("torch", "triton", "reference"),
-    "fp8_tensor": ("torch", "reference"),
     "mxfp8": ("emulation", "reference"),
     "nvfp4": ("emulation", "reference"),
 }
@@ -54,7 +53,7 @@ def choose_backend(
     name: "triton": one launch of a grouped kernel (FP8 block). "torch": PyTorch's own products, for FP8 one for each
         expert. "emulation": dequantized to bf16 (MXFP8, NVFP4). "reference": float32 or float64, for any device, slow.
         "auto": what is fastest on the device.
-    format_name: "fp8_block", "fp8_tensor", "mxfp8", "nvfp4", or None for operands that are not quantized.
+    format_name: "fp8_block", "mxfp8", "nvfp4", or None for operands that are not quantized.
     splits: how the rows are split; "auto" looks at sizes that the host knows.
 
     Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device.
@@ -80,8 +79,6 @@ def _fastest(format_name: str | None, device: torch.device, splits: Splits | Non
         return "reference"
     if format_name in ("mxfp8", "nvfp4"):
         return "emulation"
-    if format_name == "fp8_tensor":
-        return "torch"
     return "triton"
 
 
@@ -97,8 +94,8 @@ def _make(name: str, format_name: str | None, device: torch.device, splits: Spli
             return TorchGroupedBackend()
         _check_scaled_mm(device, splits)
         return ScaledMMBackend()
+    _check_triton(name, device)
     if name == "triton":
-        _check_triton(device)
         from lighterage.ops.gemm_triton import TritonBackend
 
         return TritonBackend()
@@ -120,22 +117,22 @@ def _check_scaled_mm(device: torch.device, splits: Splits | None) -> None:
         )
 
 
-def _check_triton(device: torch.device) -> None:
+def _check_triton(name: str, device: torch.device) -> None:
     try:
         import triton
     except ImportError as error:
         raise ValueError(
-            "the GEMM backend 'triton' needs the package triton, which cannot be imported. Install it, or pass "
+            f"the GEMM backend {name!r} needs the package triton, which cannot be imported. Install it, or pass "
             "backend='reference'."
         ) from error
     if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) < (8, 9):
+        if name == "triton" and torch.cuda.get_device_capability(device) < (8, 9):
             raise ValueError(
                 f"the GEMM backend 'triton' needs a GPU that multiplies FP8, compute capability 8.9 or later; got "
                 f"{torch.cuda.get_device_name(device)}. Pass backend='reference'."
             )
     elif not triton.knobs.runtime.interpret:
         raise ValueError(
-            f"the GEMM backend 'triton' runs on CUDA devices; got operands on {device}. Pass backend='reference', or "
+            f"the GEMM backend {name!r} runs on CUDA devices; got operands on {device}. Pass backend='reference', or "
             "set TRITON_INTERPRET=1 before the first import of triton to interpret the kernels."
         )

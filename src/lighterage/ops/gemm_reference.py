@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from lighterage.formats.fp8_block import Float8BlockTensor
-from lighterage.formats.fp8_tensor import Float8Tensor
 from lighterage.formats.mxfp8 import MXFP8Tensor
 from lighterage.formats.nvfp4 import NVFP4Tensor
 from lighterage.kernels.reference import mxfp8
@@ -138,7 +137,4 @@ def _values(tensor: torch.Tensor, direction: Direction) -> tuple[torch.Tensor, t
             out_dtype=torch.float32,
         )
         return (values.t() if columnwise else values), None
-    if isinstance(tensor, Float8Tensor):
-        assert tensor.scale_inv is not None
-        return decode_fp8(codes_of(tensor, direction), tensor.fp8_dtype) * tensor.scale_inv, None
     return (tensor.t() if direction == "columnwise" else tensor), None

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from lighterage.formats.fp8_block import Float8BlockTensor
-from lighterage.formats.fp8_tensor import Float8Tensor
 from lighterage.ops.gemm_operands import Direction, check_aligned, codes_of, field_of, plain, quantized, spans
 
 if TYPE_CHECKING:
@@ -18,7 +16,7 @@ if TYPE_CHECKING:
 
 _Scaled: TypeAlias = tuple[torch.Tensor, torch.Tensor, int]
 """Codes with the contracted dimension last, their scales as `scaled_mm` takes them, the recipe."""
-_TENSORWISE, _TILE_1x128, _BLOCK_128x128 = 0, 4, 5  # of torch.nn.functional.ScalingType
+_TILE_1x128, _BLOCK_128x128 = 4, 5  # of torch.nn.functional.ScalingType
 
 
 @dataclass(frozen=True)
@@ -78,31 +76,34 @@ def grouped_mm_rows(
     splits: Splits,
     out_dtype: torch.dtype,
     bias: torch.Tensor | None,
-    row_factor: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    alpha_E: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Every expert's rows of bf16 x (M, K) times w[expert] (K, N), with zeros past the last expert's.
-
-    row_factor: given the expert of every row, what to multiply its result by, float32 (M, 1).
-    """
+    """Every expert's rows of x (M, K) times w[expert] (K, N) and alpha[expert], with zeros past the last expert's."""
     y = torch._grouped_mm(x, w_EKN, offs=splits.ends_int32)
     host_knows_all = splits.host is not None
-    if host_knows_all and bias is None and row_factor is None:
+    if host_knows_all and bias is None and alpha_E is None:
         return y.to(out_dtype)
     row = torch.arange(splits.num_rows, device=y.device)
     expert = torch.searchsorted(splits.ends, row, right=True)
     known = expert.clamp(max=splits.num_splits - 1)
-    if row_factor is not None:
-        y = y * row_factor(known)
+    if alpha_E is not None:
+        y.mul_(alpha_E[known, None])
+    y = y.to(out_dtype)
     if bias is not None:
-        y = y.float() + bias.float()[known]
+        y.add_(bias[known])
     if not host_knows_all:  # rows of no expert hold whatever was in memory, NaN too
-        y = y.masked_fill((expert == splits.num_splits)[:, None], 0.0)
-    return y.to(out_dtype)
+        y.masked_fill_((expert == splits.num_splits)[:, None], 0.0)
+    return y
 
 
-def grouped_mm_wgrad(dy: torch.Tensor, x: torch.Tensor, splits: Splits, out_dtype: torch.dtype) -> torch.Tensor:
-    """Every expert's bf16 dy (M, N) transposed times its x (M, K): (E, N, K)."""
-    return torch._grouped_mm(dy.t(), x, offs=splits.ends_int32).to(out_dtype)
+def grouped_mm_wgrad(
+    dy: torch.Tensor, x: torch.Tensor, splits: Splits, out_dtype: torch.dtype, alpha_E: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Every expert's dy (M, N) transposed times its x (M, K) and alpha[expert]: (E, N, K)."""
+    dw = torch._grouped_mm(dy.t(), x, offs=splits.ends_int32)
+    if alpha_E is not None:
+        dw.mul_(alpha_E[:, None, None])
+    return dw.to(out_dtype)
 
 
 def _rows(
@@ -142,11 +143,8 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, directions: tuple[Direction, Dir
 
 
 def _scaled(tensor: torch.Tensor, direction: Direction) -> _Scaled:
-    assert isinstance(tensor, Float8BlockTensor | Float8Tensor)
+    assert isinstance(tensor, Float8BlockTensor)
     codes = codes_of(tensor, direction).view(tensor.fp8_dtype)
-    if isinstance(tensor, Float8Tensor):
-        assert tensor.scale_inv is not None
-        return codes, tensor.scale_inv, _TENSORWISE
     if tensor.fp8_dtype != torch.float8_e4m3fn:
         raise ValueError(
             "scaled_mm multiplies block-scaled operands in E4M3 only; got E5M2. Pass backend='triton', or quantize "

@@ -173,8 +173,10 @@ def _grouped_wgrad_kernel(
     split = program // (ROW_TILES * COL_TILES)
     row_tile, col_tile = _rasterise(program % (ROW_TILES * COL_TILES), ROW_TILES, COL_TILES, GROUP)
     start = tl.load(ends + split - 1, mask=split > 0, other=0)
-    rows = (tl.load(ends + split) - start).to(tl.int32)
-    total = tl.load(ends + num_splits - 1)
+    # Every split is a multiple of 16 rows: so are its bytes, and 16 of them are loaded at a time.
+    rows = tl.multiple_of((tl.load(ends + split) - start).to(tl.int32), 16)
+    start = tl.multiple_of(start, 16)
+    total = tl.multiple_of(tl.load(ends + num_splits - 1), 16)
     before = tl.where(tl.arange(0, LANES) < split, rows_of_splits(ends, num_splits, LANES), 0)
     slabs_before = tl.sum((before + 127) // 128, 0).to(tl.int64)
     row = row_tile * TILE_M + tl.arange(0, TILE_M)
