@@ -7,7 +7,15 @@ from functools import partial
 import pytest
 import torch
 
-from tests.kernels.triton_cases import DEVICE, DTYPES, Views, check_against_reference, ends_of, hard_input
+from tests.kernels.triton_cases import (
+    DEVICE,
+    DTYPES,
+    Views,
+    check_against_reference,
+    check_swiglu_is_fused_exactly,
+    ends_of,
+    hard_input,
+)
 
 pytest.importorskip("triton")
 
@@ -20,7 +28,7 @@ FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 def _check(x, splits, *, block_2d=False, directions=(False, True), **options) -> None:
     options = {"fp8_dtype": torch.float8_e4m3fn, "power_of_2": True, "epsilon": 0.0} | options
-    tuning = {name: options.pop(name) for name in ("blocks_per_program", "num_warps") if name in options}
+    tuning = {name: options.pop(name) for name in ("num_warps",) if name in options}
     quantize = quantize_2d if block_2d else quantize_1d
 
     def reference(part: torch.Tensor, columnwise: bool) -> Views:
@@ -69,8 +77,9 @@ def test_epsilon_is_the_least_amax(epsilon) -> None:
 
 
 def test_the_cut_of_the_work_does_not_change_a_byte() -> None:
-    for blocks_per_program in (1, 2, 4):
-        _check(hard_input(160, 400, torch.bfloat16), [32, 128], blocks_per_program=blocks_per_program)
+    for num_warps in (4, 8, 16):
+        _check(hard_input(160, 400, torch.bfloat16), [32, 128], num_warps=num_warps)
+        _check(hard_input(161, 130, torch.bfloat16), [32, 129], num_warps=num_warps)
 
 
 def test_scales_cover_every_mantissa_and_exponent() -> None:
@@ -79,6 +88,18 @@ def test_scales_cover_every_mantissa_and_exponent() -> None:
     x[:, 0] = amax[:, 0]
     _check(x, [64], power_of_2=True)
     _check(x, [64], power_of_2=False)
+
+
+def _check_swiglu(h, splits, *, block_2d=False) -> None:
+    options = {"fp8_dtype": torch.float8_e4m3fn, "power_of_2": True, "epsilon": 0.0, "block_2d": block_2d}
+    launch = partial(split_quantize_fp8_block, **options)
+    check_swiglu_is_fused_exactly(h, splits, "fp8_block", launch, block_2d=block_2d)
+
+
+@pytest.mark.parametrize("block_2d", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_on_the_way_in_changes_no_byte(dtype, block_2d) -> None:
+    _check_swiglu(hard_input(150, 2 * 136, dtype), [128, 0, 19], block_2d=block_2d)
 
 
 def test_misuse_is_refused() -> None:
@@ -91,6 +112,8 @@ def test_misuse_is_refused() -> None:
         split_quantize_fp8_block(x, ends_of([16]).int(), buffer, None, **options)
     with pytest.raises(ValueError, match="nothing to quantize into"):
         split_quantize_fp8_block(x, ends_of([16]), None, None, **options)
+    with pytest.raises(ValueError, match="as many gates as ups"):
+        split_quantize_fp8_block(x[:, :31].contiguous(), ends_of([16]), buffer, None, swiglu=True, **options)
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         split_quantize_fp8_block(x, ends_of([16]), buffer[1:], None, **options)
 
@@ -104,6 +127,13 @@ def test_large_groups_equal_the_reference(dtype, fp8_dtype, power_of_2) -> None:
     _check(x, [512] * 8, fp8_dtype=fp8_dtype, power_of_2=power_of_2)
     _check(x, [1000, 0, 17, 3, 1024, 1, 1511, 540], fp8_dtype=fp8_dtype, power_of_2=power_of_2)
     _check(x, [1000, 0, 17, 3, 1024, 1, 1511, 540], fp8_dtype=fp8_dtype, power_of_2=power_of_2, block_2d=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_2d", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_on_the_way_in_changes_no_byte_of_large_groups(dtype, block_2d) -> None:
+    _check_swiglu(hard_input(4096, 2 * 1040, dtype, seed=1), [1000, 0, 17, 3, 1024, 1, 1511, 540], block_2d=block_2d)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined
 
 from lighterage.formats.layout import BulkLayout, FormatName, bulk_layout  # noqa: E402
+from lighterage.kernels.triton.swiglu import swiglu  # noqa: E402
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FILL = 0xA5  # what a buffer holds before: a byte that was not written shows
@@ -107,3 +108,24 @@ def check_against_reference(
                     f"{len(got)} bytes differ, the first at {wrong[0].item()}: got {got[wrong[0]]:#x}, "
                     f"expected {expected[wrong[0]]:#x}"
                 )
+
+
+def check_swiglu_is_fused_exactly(
+    h: torch.Tensor,
+    splits: Sequence[int],
+    format_name: FormatName,
+    launch: Callable[..., None],
+    *,
+    block_2d: bool = False,
+) -> None:
+    """Quantizing the SwiGLU of `h` (M, 2F) as it is loaded gives the bytes of quantizing it as it was stored."""
+    y = swiglu(h)
+    layouts = [
+        bulk_layout(format_name, splits, y.shape[1], columnwise=columnwise, block_2d=block_2d)
+        for columnwise in (False, True)
+    ]
+    fused, unfused = ([make_buffer(layout) for layout in layouts] for _ in range(2))
+    launch(h, ends_of(splits), *fused, num_splits=len(splits), swiglu=True)
+    launch(y, ends_of(splits), *unfused, num_splits=len(splits))
+    for got, expected in zip(fused, unfused, strict=True):
+        assert torch.equal(got, expected)

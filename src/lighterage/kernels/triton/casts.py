@@ -19,10 +19,19 @@ _INF_BITS = tl.constexpr(0x7F800000)
 @triton.jit
 def widen(x, HARDWARE: tl.constexpr):
     """bf16, fp16 or fp32 to fp32, exactly."""
-    if x.dtype == tl.bfloat16 and not HARDWARE:  # the interpreter loses subnormals
-        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-    else:
+    if x.dtype != tl.bfloat16:
         return x.to(tl.float32)
+    elif HARDWARE:  # in pairs: one instruction each, where the compiler's conversion takes two for every other value
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+            "=r,=r,r",
+            [x],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=2,
+        )
+    else:  # the interpreter loses subnormals
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -145,6 +154,28 @@ def magnitude(x, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def largest_magnitude(values, HARDWARE: tl.constexpr):
+    """fp32 elementwise maximum of the magnitudes of a tuple of tensors; on the device NaN where all are NaN."""
+    if values[0].dtype == tl.bfloat16 and HARDWARE:  # two to an instruction; the sign that it makes is dropped last
+        largest = values[0]
+        for i in tl.static_range(1, len(values)):
+            largest = tl.inline_asm_elementwise(
+                "max.xorsign.abs.bf16x2 $0, $1, $2;",
+                "=r,r,r",
+                [largest, values[i]],
+                dtype=tl.bfloat16,
+                is_pure=True,
+                pack=2,
+            )
+        return tl.abs(widen(largest, HARDWARE))
+    else:
+        largest = magnitude(widen(values[0], HARDWARE), HARDWARE)
+        for i in tl.static_range(1, len(values)):
+            largest = tl.maximum(largest, magnitude(widen(values[i], HARDWARE), HARDWARE))
+        return largest
+
+
+@triton.jit
 def without_nan(amax):
     """A maximum that ignored NaN: 0 where there was nothing but NaN."""
     return tl.where(amax == amax, amax, 0.0)
@@ -152,19 +183,22 @@ def without_nan(amax):
 
 @triton.jit
 def fp8_block_scale(amax, epsilon, E5M2: tl.constexpr, POWER_OF_2: tl.constexpr, INPUT_MAX: tl.constexpr):
-    """`(scale, 1 / scale)` of a block, from its amax (no NaN). `INPUT_MAX`: largest finite value of the input's dtype.
+    """`(scale, 1 / scale)` of a block. `INPUT_MAX`: largest finite value of the input's dtype.
 
+    amax: of the block's magnitudes; one that ignored NaN, and is NaN where there was nothing else, counts as 0.
     fp8_max is 1.75 * 2^8 (E4M3) or 1.75 * 2^15 (E5M2), so the power of two at or below fp8_max / amax follows from
     amax's exponent, one less where its mantissa is above 1.75: no division.
     """
-    amax = tl.where(amax < epsilon, epsilon, amax)
+    amax = tl.maximum(amax, epsilon)  # of NaN and epsilon: epsilon
     bits = amax.to(tl.int32, bitcast=True)
     unscaled = (bits == 0) | (bits == _INF_BITS)
     if POWER_OF_2:
         TOP: tl.constexpr = 269 if E5M2 else 262
-        OVERFLOW: tl.constexpr = 142 if INPUT_MAX < 1e5 else 254
         exponent = TOP - ((bits + 0x1FFFFF) >> 23)
-        exponent = tl.where(exponent > 254, OVERFLOW, exponent)
+        if INPUT_MAX < 1e5:  # beyond float32 the scale is this one, rounded down
+            exponent = tl.where(exponent > 254, 142, exponent)
+        else:
+            exponent = tl.minimum(exponent, 254)
         exponent = tl.where(unscaled, 127, exponent)
         scale = (exponent << 23).to(tl.float32, bitcast=True)
         scale_inv = tl.maximum((254 - exponent) << 23, 0x400000).to(tl.float32, bitcast=True)

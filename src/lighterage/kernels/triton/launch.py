@@ -29,6 +29,14 @@ def input_max(dtype: torch.dtype) -> float:
     return _INPUT_MAX[dtype]
 
 
+def quantized_shape(x: torch.Tensor, swiglu: bool) -> tuple[int, int]:
+    """Rows and columns of what is quantized: those of `x`, or half the columns if `x` is SwiGLU's gates and ups."""
+    num_rows, num_cols = x.shape
+    if swiglu and num_cols % 2:
+        raise ValueError(f"SwiGLU takes as many gates as ups; got {num_cols} columns. Pass an (M, 2F) matrix.")
+    return num_rows, num_cols // 2 if swiglu else num_cols
+
+
 def check_group(x: torch.Tensor, ends: torch.Tensor, num_splits: int, *buffers: torch.Tensor | None) -> None:
     """Refuse what a kernel would silently misread."""
     if x.dim() != 2 or not x.is_contiguous() or x.dtype not in _INPUT_MAX:

@@ -12,6 +12,11 @@ Note [Offsets in the buffer]
 Data begin at multiples of 256 bytes, scales at multiples of 16, each split's after the one before it, and all scales
 after all data. Sums over the splits before ours give the offset. They cost one load of the ends, which stay in cache,
 and one reduction. Where the sizes keep the alignment by themselves the data's offset needs no sum.
+
+Note [Sums inside one warp]
+A sum over more than 32 lanes passes through shared memory, and its barriers make a program's warps wait for each other
+before any of them can load its first value. The ends are therefore read 32 at a time and added up lane by lane; every
+warp then sums its own 32 lanes, all of them the same.
 """
 
 from __future__ import annotations
@@ -33,13 +38,41 @@ def padded_splits(num_splits: int) -> int:
 @triton.jit
 def find_split(ends, slot, num_splits, TILE: tl.constexpr, LANES: tl.constexpr):
     """`(split, its first row, its rows, our tile's number in it)`: note [Tiles of ragged splits]."""
-    lane = tl.arange(0, LANES)
-    start = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0).to(tl.int32)
-    begun = (lane < num_splits) & (start // TILE + lane <= slot)
-    split = tl.sum(begun.to(tl.int32), 0) - 1
+    split, start, rows, tile, _, _ = find_split_and_units(ends, slot, num_splits, TILE, TILE, TILE, LANES)
+    return split, start, rows, tile
+
+
+@triton.jit
+def find_split_and_units(
+    ends,
+    slot,
+    num_splits,
+    TILE: tl.constexpr,
+    UNIT_A: tl.constexpr,
+    UNIT_B: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """What `find_split` gives, and how many units of `UNIT_A` and of `UNIT_B` rows the splits before ours fill.
+
+    A split's last unit may be partial; the next split begins a new one. Note [Sums inside one warp].
+    """
+    split_32 = tl.zeros([32], tl.int32)
+    units_a_32 = tl.zeros([32], tl.int32)
+    units_b_32 = tl.zeros([32], tl.int32)
+    for first in tl.static_range(0, LANES, 32):
+        lane = first + tl.arange(0, 32)
+        start = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0).to(tl.int32)
+        end = tl.load(ends + lane, mask=lane < num_splits, other=0).to(tl.int32)
+        # The next split's first slot is not after ours.
+        before = (lane + 1 < num_splits) & (end // TILE + lane < slot)
+        rows = tl.where(before, end - start, 0)
+        split_32 += before.to(tl.int32)
+        units_a_32 += (rows + (UNIT_A - 1)) // UNIT_A
+        units_b_32 += (rows + (UNIT_B - 1)) // UNIT_B
+    split = tl.sum(split_32, 0)
     start = tl.load(ends + split - 1, mask=split > 0, other=0).to(tl.int32)
     end = tl.load(ends + split).to(tl.int32)
-    return split, start, end - start, slot - (start // TILE + split)
+    return split, start, end - start, slot - (start // TILE + split), tl.sum(units_a_32, 0), tl.sum(units_b_32, 0)
 
 
 @triton.jit
@@ -62,9 +95,16 @@ def data_offset(ends, split, start, num_splits, ROW_BYTES: tl.constexpr, ROWS_UN
         offset = start.to(tl.int64) * ROW_BYTES
         end = total * ROW_BYTES
     else:
-        lane = tl.arange(0, LANES)
-        size = rows_of_splits(ends, num_splits, LANES).to(tl.int64) * ROW_BYTES
-        rounded = (size + 255) // 256 * 256
-        offset = tl.sum(tl.where(lane < split, rounded, 0), 0)
-        end = tl.sum(tl.where(lane < num_splits - 1, rounded, size), 0)
+        before_32 = tl.zeros([32], tl.int64)
+        all_32 = tl.zeros([32], tl.int64)
+        for first in tl.static_range(0, LANES, 32):
+            lane = first + tl.arange(0, 32)
+            begin = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0)
+            until = tl.load(ends + lane, mask=lane < num_splits, other=0)
+            size = tl.where(lane < num_splits, until - begin, 0) * ROW_BYTES
+            rounded = (size + 255) // 256 * 256
+            before_32 += tl.where(lane < split, rounded, 0)
+            all_32 += tl.where(lane < num_splits - 1, rounded, size)
+        offset = tl.sum(before_32, 0)
+        end = tl.sum(all_32, 0)
     return offset // 256 * 256, (end + 15) // 16 * 16
