@@ -9,6 +9,7 @@ import torch
 import triton
 
 _INPUT_MAX = {dtype: torch.finfo(dtype).max for dtype in (torch.bfloat16, torch.float16, torch.float32)}
+_AS_IT_IS = nullcontext()  # switching to the device that is current already costs the host several microseconds
 
 
 @lru_cache
@@ -21,7 +22,9 @@ def has_fp8_casts(device_index: int | None) -> bool:
 
 def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     """Makes the device of `x` the current one, which is the one that Triton launches on."""
-    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _AS_IT_IS
+    return torch.cuda.device(x.device)
 
 
 def input_max(dtype: torch.dtype) -> float:
