@@ -31,7 +31,6 @@ from lighterage.ops.checks import (
 from lighterage.ops.gemm_backends import BackendName
 from lighterage.ops.grouped_products import (
     GroupedProducts,
-    Operand,
     choose_products,
     columnwise_bytes,
     put_together,
@@ -137,12 +136,9 @@ class _GroupedLinear(torch.autograd.Function):
         saved = columnwise_bytes(x) if quantized_is_saved else x_MK if needs_w else None
         y_MN = products.forward(x, w, bias_EN, x_MK.dtype)
         ctx.shell = shell_of(x) if quantized_is_saved else None
-        ctx.weight = None
-        if products.recipe is None:
-            ctx.save_for_backward(saved, w_ENK if needs_x else None)
-        else:
-            ctx.save_for_backward(saved)
-            ctx.weight = without_rowwise(w) if needs_x else None
+        is_quantized = products.recipe is not None
+        ctx.weight = without_rowwise(w) if needs_x and is_quantized else None
+        ctx.save_for_backward(saved, w_ENK if needs_x and not is_quantized else None)
         ctx.params = params
         ctx.dtypes = x_MK.dtype, w_ENK.dtype, None if bias_EN is None else bias_EN.dtype
         return y_MN
@@ -159,11 +155,13 @@ class _GroupedLinear(torch.autograd.Function):
             dy_MN = dy_MN.contiguous()
             if needs_x or needs_w:
                 dy = products.rows(dy_MN, "grad", rowwise=needs_x, columnwise=needs_w)
-            if needs_x:
-                dx_MK = products.input_gradient(dy, _weight_of(ctx), x_dtype)
+            # Asked for once, as checkpoints want it, and as late as can be: the bytes may still be on their way back.
+            if needs_x and ctx.weight is not None:
+                dx_MK = products.input_gradient(dy, ctx.weight, x_dtype)
+            saved, saved_w = ctx.saved_tensors
+            if needs_x and ctx.weight is None:
+                dx_MK = products.input_gradient(dy, saved_w, x_dtype)
             if needs_w:
-                # Asked for as late as can be: the bytes may still be on their way back.
-                saved = ctx.saved_tensors[0]
                 if params.save_original_input:
                     x = products.rows(saved, "input", rowwise=False, columnwise=True)
                 else:
@@ -174,11 +172,3 @@ class _GroupedLinear(torch.autograd.Function):
         if not graph_is_kept():
             ctx.weight = None
         return dx_MK, dw_ENK, db_EN, None
-
-
-def _weight_of(ctx: Any) -> Operand:
-    """The weight that the input's gradient reads."""
-    if ctx.weight is None:
-        # Without a recipe it was saved; otherwise it has gone with the graph, of which PyTorch tells here.
-        return cast(torch.Tensor, ctx.saved_tensors[1])
-    return cast(Operand, ctx.weight)
