@@ -29,7 +29,20 @@ from torch import Tensor, nn
 
 import lighterage
 from benchmarks.environment import capture
-from lighterage.engine import cpu, cuda, handles, offloader, packing, traffic
+from lighterage.engine import (
+    allocation,
+    arena,
+    cpu,
+    cuda,
+    handles,
+    offloader,
+    packing,
+    pinned_disk,
+    pinned_host,
+    streams,
+    traffic,
+    views,
+)
 
 SAVES = 24
 PARTS: list[tuple[type, str, str]] = [
@@ -45,10 +58,19 @@ PARTS: list[tuple[type, str, str]] = [
     (traffic.Traffic, "load", "load"),
     (cpu.CpuTransport, "evict", "transport: evict"),
     (cpu.CpuTransport, "restore", "transport: restore"),
-    (cuda.HostTransport, "evict", "transport: evict"),
-    (cuda.HostTransport, "restore", "transport: restore"),
-    (cuda.DiskTransport, "evict", "transport: evict"),
-    (cuda.DiskTransport, "restore", "transport: restore"),
+    (pinned_host.HostTransport, "evict", "transport: evict"),
+    (pinned_host.HostTransport, "restore", "transport: restore"),
+    (pinned_disk.DiskTransport, "evict", "transport: evict"),
+    (pinned_disk.DiskTransport, "restore", "transport: restore"),
+    (arena.Arena, "acquire", "arena: acquire"),
+    (cuda.CopyBatches, "copy", "driver: a batch of copies"),
+    (streams.Streams, "after", "lane: wait for the stream"),
+    (streams.Streams, "fence", "lane: fence"),
+    (allocation.Allocation, "room", "allocation: room"),
+    (allocation.Allocation, "copied", "allocation: copied"),
+    (allocation.Allocation, "use", "allocation: use"),
+    (allocation.Allocation, "__del__", "allocation: end"),
+    (views.InPlaceWatch, "__init__", "watch"),
 ]
 
 

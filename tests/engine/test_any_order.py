@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -628,9 +628,9 @@ def test_backward_of_one_graph_from_several_threads_gives_the_same_bits() -> Non
 def test_an_allocation_that_several_threads_ask_for_at_once_comes_back_once(monkeypatch: pytest.MonkeyPatch) -> None:
     allocate = CpuTransport.allocate
 
-    def slowly(transport: CpuTransport, nbytes: int) -> torch.UntypedStorage:
+    def slowly(transport: CpuTransport, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         time.sleep(0.01)  # lets the other threads come in the middle of it
-        return allocate(transport, nbytes)
+        return allocate(transport, size, dtype)
 
     monkeypatch.setattr(CpuTransport, "allocate", slowly)
     log: list[Any] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -326,6 +327,52 @@ def test_identical_steps_reserve_once_and_within_five_percent(monkeypatch: pytes
         reserved.append(arena.bytes_reserved)
     assert reserved[0] == reserved[1] == reserved[2]
     assert reserved[0] <= 1.05 * arena.bytes_peak
+
+
+def test_memory_is_committed_ahead_of_growths_and_given_back_when_the_needs_are_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arena_module, "_AHEAD", 64 * MIB)
+    pinner = FakePinner()
+    arena = Arena(pinner=pinner, budget=None, capacity=512 * MIB)
+    arena.prepare()
+    frontier = arena._frontier
+    assert frontier is not None and frontier.committed_or_under_way == 64 * MIB and not pinner.pinned
+    block = must(arena.acquire(40 * MIB))
+    assert frontier.committed_or_under_way >= 104 * MIB and arena.bytes_reserved == 40 * MIB
+    for part in block.parts:
+        part.fill_(3)
+    committed = _resident_bytes(arena)
+    assert committed is None or committed >= 40 * MIB
+    arena.settle()
+    left = _resident_bytes(arena)
+    assert left is None or 40 * MIB <= left <= 42 * MIB
+    assert all(bool((part == 3).all()) for part in block.parts)
+    assert must(arena.acquire(100 * MIB)).nbytes == 100 * MIB
+    arena.close()
+    assert not pinner.pinned
+
+
+def test_nothing_is_committed_ahead_where_the_machine_cannot_spare_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_memory, "available_bytes", lambda: host_memory.spare_bytes() + 8 * MIB)
+    arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)
+    arena.prepare()
+    assert arena._frontier is not None and arena._frontier.committed_or_under_way == 0
+    assert must(arena.acquire(4 * MIB)).nbytes == 4 * MIB
+
+
+def _resident_bytes(arena: Arena) -> int | None:
+    """Bytes of the arena's range that lie in memory, where the kernel says."""
+    if sys.platform != "linux":
+        return None
+    resident, start = 0, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        field = line.split()
+        if "-" in field[0] and len(field) > 4:
+            start = int(field[0].split("-")[0], 16)
+        elif field[0] == "Rss:" and arena._address <= start + 2 * MIB and start < arena._address + arena._limit:
+            resident += int(field[1]) * 1024
+    return resident
 
 
 def test_a_small_arena_pins_small_pages() -> None:

@@ -510,6 +510,8 @@ def test_many_offloaders_one_after_another_leave_nothing(tmp_path: Path) -> None
 
 
 @pytest.mark.gpu
+# PyTorch's own, the first time that a thread of its backward meets cuBLAS.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS:UserWarning")
 def test_a_model_over_several_devices_gives_the_same_bits() -> None:
     if torch.cuda.device_count() > 1:
         devices = [torch.device("cuda", 0), torch.device("cuda", 1)] * 2

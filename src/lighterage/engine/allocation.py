@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import enum
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from . import spans
 from .lanes import FINISHED, Fence, Resting, Source, Transport, Wait
 from .ledger import Row
 from .spans import Span
-from .views import Ground, InPlaceWatch, ViewSpec, changed_in_place
+from .views import Ground, InPlaceWatch, ViewSpec, as_bytes, byte_view, changed_in_place
 
 # Ranges nearer than this to each other travel in one copy: the bytes between cost less than a second call.
 COPY_GAP = 4096
@@ -34,46 +34,33 @@ class Stage(enum.Enum):
     """The bytes are in new device memory, or on their way into it."""
 
 
-@dataclasses.dataclass(slots=True)
-class _Piece:
-    """A range that was copied out."""
-
-    lo: int
-    hi: int
-    resting: Resting
+_Piece = tuple[int, int, Resting]
+"""A range [lo, hi) that was copied out, and where it rests."""
 
 
-@dataclasses.dataclass(slots=True)
 class _Buffer:
-    """Device memory that ranges were reloaded into, as uint8. Byte 0 of the allocation lies at byte `shift` of it."""
+    """Device memory that ranges were reloaded into. Byte 0 of the allocation lies at byte `shift` of it."""
 
-    lo: int
-    hi: int
-    memory: torch.Tensor
-    shift: int
-    fence: Fence
-    made_on: int
-    """The stream whose pool the memory is from."""
-    ordered: set[int]
-    """Streams that already wait for the copy."""
-    _ground: Ground | None = None
+    __slots__ = ("fence", "ground", "hi", "lo", "made_on", "shared_with", "shift")
+
+    def __init__(self, lo: int, hi: int, ground: Ground, shift: int, made_on: int) -> None:
+        self.lo = lo
+        self.hi = hi
+        self.ground = ground
+        """What saved tensors are rebuilt over."""
+        self.shift = shift
+        self.fence: Fence = FINISHED
+        self.made_on = made_on
+        """The stream whose pool the memory is from."""
+        self.shared_with: set[int] | None = None
+        """Other streams that the allocator knows to use it."""
 
     def bytes(self, lo: int, hi: int) -> torch.Tensor:
-        """Bytes [lo, hi) of the allocation."""
-        if lo + self.shift == 0 and hi - lo == self.memory.numel():
-            return self.memory
-        return self.memory[lo + self.shift : hi + self.shift]
-
-    @property
-    def storage(self) -> torch.UntypedStorage:
-        return self.memory.untyped_storage()
-
-    @property
-    def ground(self) -> Ground:
-        """What saved tensors are rebuilt over."""
-        if self._ground is None:
-            self._ground = Ground(self.storage)
-        return self._ground
+        """Bytes [lo, hi) of the allocation, as a contiguous tensor."""
+        memory = self.ground.memory
+        if lo + self.shift == 0 and hi - lo == memory.nbytes:
+            return memory
+        return as_bytes(memory)[lo + self.shift : hi + self.shift]
 
 
 SavedAt = tuple[str, int, int]
@@ -100,20 +87,21 @@ class Allocation:
         "address",
         "buffers",
         "covered",
+        "gathered",
         "kept",
         "key",
         "nbytes",
         "pending",
         "row",
         "saved_at",
-        "shape",
+        "spec",
         "stage",
         "transport",
         "wanted",
     )
 
     def __init__(
-        self, transport: Transport, storage: torch.UntypedStorage, watch: InPlaceWatch, row: Row, shape: torch.Size
+        self, transport: Transport, storage: torch.UntypedStorage, watch: InPlaceWatch, row: Row, spec: ViewSpec
     ) -> None:
         self.transport = transport
         self.row = row
@@ -125,20 +113,22 @@ class Allocation:
         self._ground: Ground | None = None
         """What saved tensors that were asked for while it was held are rebuilt over."""
         self._left: Fence | None = None
-        self._left_from: set[int] = set()
-        self._unused: dict[int, int] | None = None
-        self.shape = shape
-        """Shape of the tensor that was saved first."""
+        self._left_from: tuple[int, ...] = ()
+        self._unused: Unused | None = None
+        self.spec = spec
+        """The view that was saved first."""
         self.stage = Stage.HELD
         self.kept: str | None = None
         """Why it stays on the device after all, or None."""
+        self.gathered = False
+        """Whether it is in the queue of those whose copies start next."""
         self.wanted = False
         """Whether backward has already asked for it while it was held: then it is not worth releasing."""
         self.covered: list[Span] = []
         self.pending: list[Span] = []
         self.buffers: list[_Buffer] = []
         self.saved_at: list[SavedAt] = []
-        self.key = storage._cdata
+        self.key: int = storage._cdata
         self.nbytes = storage.nbytes()
         self.address = storage.data_ptr()
 
@@ -147,7 +137,7 @@ class Allocation:
     @property
     def label(self) -> str:
         """Shape and dtype of the tensor that was saved first, for people."""
-        return f"{tuple(self.shape)} {str(self._watch.dtype).removeprefix('torch.')}"
+        return f"{tuple(self.spec.size)} {str(self.spec.dtype).removeprefix('torch.')}"
 
     @property
     def version(self) -> int:
@@ -193,16 +183,19 @@ class Allocation:
 
     def copied(self, sources: Sequence[Source], resting: Sequence[Resting]) -> None:
         """Record that copies of `sources` are under way into `resting`."""
-        self._left_from.add(self.transport.stream_key())
+        stream = self.transport.stream_key()
+        if stream not in self._left_from:
+            self._left_from = (*self._left_from, stream)
         for (_, lo, hi), rest in zip(sources, resting, strict=True):
-            self._pieces.append(_Piece(lo, hi, rest))
+            self._pieces.append((lo, hi, rest))
+            left = rest.left
             if self._left is None:
-                self._left = rest.left
+                self._left = left
             elif type(self._left) is _All:
-                if self._left.fences[-1] is not rest.left:
-                    self._left.fences.append(rest.left)
-            elif self._left is not rest.left:
-                self._left = _All(self._left, rest.left)
+                if self._left.fences[-1] is not left:
+                    self._left.fences.append(left)
+            elif self._left is not left:
+                self._left = _All(self._left, left)
         self.pending.clear()
 
     # --- staying, leaving, coming back ----------------------------------------------------------------------------
@@ -217,8 +210,8 @@ class Allocation:
         self.stage = Stage.HELD
         self.kept = reason
         self.pending.clear()
-        for piece in self._pieces:
-            piece.resting.retire()
+        for _, _, resting in self._pieces:
+            resting.retire()
         self._pieces.clear()
 
     @property
@@ -236,7 +229,7 @@ class Allocation:
     def let_go(self) -> int:
         """Drop the device memory; the caller has ordered the current stream after `leaving`. Bytes of it."""
         assert self._storage is not None
-        if self._left_from != {self.transport.stream_key()}:
+        if self._left_from != (self.transport.stream_key(),):
             # The memory belongs to another stream's pool, which does not wait for the copies.
             self.transport.share_with_lanes(self._storage)
         if self._storage_ref is None:
@@ -255,36 +248,42 @@ class Allocation:
         assert self.stage is Stage.AWAY
         pieces = self._pieces
         if len(pieces) == 1:
-            buffer = self._buffer(pieces[0].lo, pieces[0].hi)
+            lo, hi, resting = pieces[0]
+            buffer = self._buffer(lo, hi)
             self.buffers = [buffer]
-            return [(pieces[0].resting, buffer.bytes(buffer.lo, buffer.hi))]
-        self.buffers = [self._buffer(lo, hi) for lo, hi in spans.merge([(p.lo, p.hi) for p in pieces], BUFFER_GAP)]
+            return [(resting, buffer.bytes(lo, hi))]
+        self.buffers = [self._buffer(lo, hi) for lo, hi in spans.merge([p[:2] for p in pieces], BUFFER_GAP)]
         work: list[tuple[Resting, torch.Tensor]] = []
-        for piece in pieces:
-            buffer = next(b for b in self.buffers if b.lo <= piece.lo and piece.hi <= b.hi)
-            work.append((piece.resting, buffer.bytes(piece.lo, piece.hi)))
+        for lo, hi, resting in pieces:
+            buffer = next(b for b in self.buffers if b.lo <= lo and hi <= b.hi)
+            work.append((resting, buffer.bytes(lo, hi)))
         return work
 
     def _buffer(self, lo: int, hi: int) -> _Buffer:
         # Note [Same address modulo 512]: an allocator that starts on multiples of 512 needs no more bytes than there
         # are, which lets the buffer fit into the hole that the original left. Memory at odd addresses came from
         # elsewhere; it keeps its offset instead, so that elements stay aligned.
+        transport, spec = self.transport, self.spec
         address = self.address if self.address % 16 == 0 else 0
-        if self.transport.alignment % CONGRUENCE == 0:
-            start = (address + lo) % CONGRUENCE
-            memory = self.transport.allocate(hi - lo + start)
+        start = (address + lo) % CONGRUENCE
+        if transport.alignment % CONGRUENCE == 0:
+            if start == 0 and spec.fills(lo, hi):  # the most usual case: it needs no view at all
+                ground = Ground(transport.allocate(spec.size, spec.dtype), spec)
+            else:
+                ground = Ground(transport.allocate((hi - lo + start,), torch.uint8))
         else:
-            memory = self.transport.allocate(hi - lo + CONGRUENCE)
+            memory = transport.allocate((hi - lo + CONGRUENCE,), torch.uint8)
+            ground = Ground(memory)
             start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
-        return _Buffer(lo, hi, memory, start - lo, FINISHED, self.transport.stream_key(), set())
+        return _Buffer(lo, hi, ground, start - lo, transport.stream_key())
 
-    def returning(self, fence: Fence, unused: dict[int, int]) -> None:
+    def returning(self, fence: Fence, unused: Unused) -> None:
         """The copies that `room` named are under way. Until its first use it counts in `unused`."""
         for buffer in self.buffers:
             buffer.fence = fence
         self.stage = Stage.BACK
         self._unused = unused
-        unused[id(self)] = self.nbytes
+        unused.add(id(self), self.nbytes)
 
     # --- use ------------------------------------------------------------------------------------------------------
 
@@ -300,7 +299,7 @@ class Allocation:
         if self.stage is Stage.HELD:
             assert self._storage is not None
             if self._ground is None:
-                self._ground = Ground(self._storage)
+                self._ground = Ground(byte_view(self._storage, 0, self._storage.nbytes()))
             return self._on(self._ground, spec, 0), None
         if spec.lo == spec.hi:  # no byte of it was moved: it lies anywhere
             return self._on(self.buffers[0].ground, spec, -spec.lo), None
@@ -309,13 +308,14 @@ class Allocation:
                 break
         else:
             raise AssertionError("a saved view lies outside every range that was moved")
-        wait = None
+        wait = buffer.fence.order()
         stream = self.transport.stream_key()
-        if stream not in buffer.ordered:
-            wait = buffer.fence.order()
-            if stream != buffer.made_on:
-                self.transport.share(buffer.storage)
-            buffer.ordered.add(stream)
+        if stream != buffer.made_on:
+            if buffer.shared_with is None:
+                buffer.shared_with = set()
+            if stream not in buffer.shared_with:
+                self.transport.share(buffer.ground.memory.untyped_storage())
+                buffer.shared_with.add(stream)
         return self._on(buffer.ground, spec, buffer.shift), wait
 
     def _on(self, ground: Ground, spec: ViewSpec, shift: int) -> torch.Tensor:
@@ -329,15 +329,52 @@ class Allocation:
         if self._left is not None and self._storage is not None:
             self.transport.bury(self._storage, self._left)
         if self._unused is not None:
-            self._unused.pop(id(self), None)
+            self._unused.drop(id(self))
         read: list[Fence] = []
         for buffer in self.buffers:
-            if buffer.fence is not FINISHED:
-                read.append(buffer.fence)
-                if buffer.made_on not in buffer.ordered:
-                    self.transport.bury(buffer.storage, buffer.fence)
-        for piece in self._pieces:
-            piece.resting.retire(read)
+            fence = buffer.fence
+            if fence is not FINISHED:
+                read.append(fence)
+                if not fence.ordered_on(buffer.made_on):
+                    self.transport.bury(buffer.ground.memory.untyped_storage(), fence)
+        for _, _, resting in self._pieces:
+            resting.retire(read)
+
+
+class Unused:
+    """Bytes that have come back and wait for their first use, by allocation."""
+
+    __slots__ = ("_by_id", "_dropped", "_total")
+
+    def __init__(self) -> None:
+        self._by_id: dict[int, int] = {}
+        self._dropped: collections.deque[int] = collections.deque()
+        self._total = 0
+
+    def add(self, allocation: int, nbytes: int) -> None:
+        self._by_id[allocation] = nbytes
+        self._total += nbytes
+
+    def use(self, allocation: int) -> bool:
+        """Count an allocation as used; whether it was not before. Called with the offloader's lock held."""
+        nbytes = self._by_id.pop(allocation, None)
+        if nbytes is None:
+            return False
+        self._total -= nbytes
+        return True
+
+    def drop(self, allocation: int) -> None:
+        """An allocation is gone. Called from finalizers in any thread, so the sum is left to whoever has the lock."""
+        nbytes = self._by_id.pop(allocation, None)
+        if nbytes is not None:
+            self._dropped.append(nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all. Called with the lock held."""
+        while self._dropped:
+            self._total -= self._dropped.popleft()
+        return self._total
 
 
 class _All:
@@ -358,3 +395,6 @@ class _All:
         for fence in self.fences:
             wait = fence.order()
         return wait
+
+    def ordered_on(self, stream: int) -> bool:
+        return all(fence.ordered_on(stream) for fence in self.fences)

@@ -21,6 +21,8 @@ _PAGE = mmap.PAGESIZE
 _HUGE_PAGE = 2 * MIB
 _SMALL_NEED = MIB
 _SMALL_ARENA = 32 * MIB
+_AHEAD = 512 * MIB
+"""At least so much is committed ahead of what is pinned, while an arena prepares for its first step."""
 _PIN_RETRY_S = 5.0
 """For so long a growth as large as one that could not be pinned is refused untried: trying costs 0.7 s a GiB."""
 _LOOK_AGAIN_S = 0.1
@@ -83,8 +85,35 @@ class Arena:
         self._map, self._map_skip, self._memory = _reserve(max(round_up(capacity, _PAGE), _PAGE))
         self._address = self._memory.data_ptr()
         self._limit = self._memory.numel() if budget is None else min(self._memory.numel(), budget)
+        self._frontier: prefault.Frontier | None = None
         if pinner is not None:
             self._limit -= self._limit % _PAGE
+
+    def prepare(self) -> None:
+        """Commit memory in the background, ahead of growths, until `settle`. Nothing of it is pinned or counted yet.
+
+        Fresh pages have to be zeroed, which takes as long as the whole first step: here it happens beside it.
+        """
+        if self._pinner is not None and self._frontier is None and not self._closed:
+            self._frontier = prefault.Frontier(self._address, self._limit)
+            self._advise("MADV_HUGEPAGE", 0, self._limit)
+            self._look_ahead(0)
+
+    def settle(self) -> None:
+        """The needs are known: give back what was committed in vain."""
+        frontier, self._frontier = self._frontier, None
+        if frontier is not None:
+            start, end = self.bytes_reserved, frontier.stop()
+            if start < end:
+                self._advise("MADV_DONTNEED", start, end - start)
+
+    def _look_ahead(self, reserved: int) -> None:
+        """Have some more committed than is pinned, as far as the machine can spare it."""
+        assert self._frontier is not None
+        end = min(reserved + max(_AHEAD, reserved // 2), self._limit)
+        ahead = end - self._frontier.committed_or_under_way
+        if ahead > 0 and self._lack_of_memory(ahead) is None:
+            self._frontier.advance(end)
 
     def acquire(self, nbytes: int) -> Block | None:
         """A block of `nbytes` bytes, or None: then `refusal` says why.
@@ -133,6 +162,7 @@ class Arena:
         if self._closed or self._space.is_foreign():
             return
         self._closed = True
+        self.settle()
         self._space.settle()
         self._unpin()
         # Not self._map.close(): torch.frombuffer keeps the map alive, but holds no buffer export on it, so closing
@@ -160,10 +190,15 @@ class Arena:
         reason = None
         generous, exact = growth_step(needed, size, room), round_up(needed, _PAGE)
         for step in (generous, exact) if exact < generous else (generous,):
-            reason = self._lack_of_memory(step) or self._pin(self._pinner, size, step)
+            reason = self._lack_of_memory(self._uncommitted(size, step)) or self._pin(self._pinner, size, step)
             if reason is None:
                 return step
         return self._refuse(reason or "")
+
+    def _uncommitted(self, offset: int, nbytes: int) -> int:
+        """How many bytes of `[offset, offset + nbytes)` the machine has not given yet."""
+        ready = 0 if self._frontier is None else self._frontier.committed_or_under_way - offset
+        return nbytes - min(max(ready, 0), nbytes)
 
     def _pin(self, pinner: Pinner, offset: int, nbytes: int) -> str | None:
         """Commit and pin `[offset, offset + nbytes)`; returns why it could not be done."""
@@ -171,8 +206,12 @@ class Arena:
             failed_bytes, failed_at, reason = self._pin_failed
             if nbytes >= failed_bytes and time.monotonic() - failed_at < _PIN_RETRY_S:
                 return reason
-        self._advise("MADV_HUGEPAGE", offset, nbytes)
-        prefault.prefault(self._address + offset, nbytes)
+        if self._frontier is None:
+            self._advise("MADV_HUGEPAGE", offset, nbytes)
+            prefault.prefault(self._address + offset, nbytes)
+        else:
+            self._look_ahead(offset + nbytes)
+            self._frontier.reach(offset + nbytes)
         # Recorded first: an interrupt that lands while the driver pins leaves a segment that the next growth finds.
         self._segment_ends.append(offset + nbytes)
         try:

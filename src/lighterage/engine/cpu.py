@@ -15,7 +15,7 @@ import torch
 
 from ..errors import OffloadError
 from .lanes import FINISHED, Fence, Resting, Source
-from .views import byte_view
+from .views import as_bytes, byte_view
 
 
 class _HostWait:
@@ -62,6 +62,9 @@ class WorkerFence:
         start = time.perf_counter()
         self.wait()
         return _HostWait((time.perf_counter() - start) * 1e3)
+
+    def ordered_on(self, stream: int) -> bool:
+        return self.done()
 
 
 def _forked() -> OffloadError:
@@ -216,8 +219,8 @@ class CpuTransport:
                 one.left = fence
         return rested
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+    def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="cpu")
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         fences: list[Fence] = []
@@ -229,7 +232,7 @@ class CpuTransport:
                 while work:
                     resting, data = work.pop()
                     resting.left.wait()  # raises what went wrong on the way out: there is nothing to read then
-                    self._store.read(resting.room, data)  # type: ignore[attr-defined]
+                    self._store.read(resting.room, as_bytes(data.data))  # type: ignore[attr-defined]
 
             fences.append(self._in.submit(come_back))
         return fences

@@ -38,6 +38,10 @@ class Fence(Protocol):
         """
         ...
 
+    def ordered_on(self, stream: int) -> bool:
+        """Whether what comes next on the stream with this key is known to come after the copies. Never blocks."""
+        ...
+
 
 class _Finished:
     """The fence of copies that were never started."""
@@ -50,6 +54,9 @@ class _Finished:
 
     def order(self) -> Wait | None:
         return None
+
+    def ordered_on(self, stream: int) -> bool:
+        return True
 
 
 FINISHED: Fence = _Finished()
@@ -99,12 +106,15 @@ class Transport(Protocol):
         """What the addresses of `allocate` are multiples of."""
         ...
 
-    def allocate(self, nbytes: int) -> torch.Tensor:
-        """Device memory, uint8 of shape (nbytes,), from the pool of the calling thread's stream."""
+    def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Device memory, a contiguous tensor, from the pool of the calling thread's stream."""
         ...
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
-        """Start copying each resting range into its uint8 tensor; one fence a batch. Memory for them is allocated."""
+        """Start copying each resting range into its contiguous tensor; a fence for each batch, which batches may share.
+
+        The tensors' version counters stay as they are: what they count is what backward writes.
+        """
         ...
 
     def share(self, storage: torch.UntypedStorage) -> None:

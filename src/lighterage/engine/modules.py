@@ -96,14 +96,14 @@ class Residents:
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = [weakref.ref(module) for module in modules]
         self._owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
-        self.on_accelerator = False
-        """Whether some of the memory is on an accelerator: then CPU tensors are on the host already."""
+        self.accelerators: set[torch.device] = set()
+        """The accelerators that some of the memory is on: if there are any, CPU tensors are on the host already."""
         self.refresh()
 
     def refresh(self) -> None:
         """Read the modules' parameters and buffers again."""
         owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
-        on_accelerator = False
+        accelerators: set[torch.device] = set()
         for ref in self._modules:
             module = ref()
             if module is None:
@@ -111,9 +111,10 @@ class Residents:
             for reason, tensors in (("parameter", module.parameters()), ("buffer", module.buffers())):
                 for tensor in tensors:
                     for plain in _plain(tensor):
-                        on_accelerator = on_accelerator or plain.device.type not in ("cpu", "meta")
+                        if plain.device.type not in ("cpu", "meta"):
+                            accelerators.add(plain.device)
                         owners[plain.untyped_storage()._cdata] = (weakref.ref(plain), reason)
-        self._owners, self.on_accelerator = owners, on_accelerator
+        self._owners, self.accelerators = owners, accelerators
 
     def reason(self, key: int, tensor: torch.Tensor) -> str | None:
         """Why the storage with the id `key` stays, if it does; `tensor` is the saved tensor or the base of its view."""

@@ -79,6 +79,7 @@ class Offloader:
         self._attachments: list[Attachment] = []
         try:
             self._attach()
+            self._packer.prepare()
         except BaseException:
             self.close()
             raise
@@ -346,6 +347,8 @@ class Offloader:
                 self._shut()
 
     def _finish_step(self) -> None:
+        if self._ledger.num_steps == 0:
+            self._stores.settle()
         self._ledger.finish_step()
         self._order.finish_step()
         self._unreleased.clear()

@@ -62,7 +62,8 @@ class Packer:
         if tensor.is_nested or tensor.is_quantized or tensor._is_zerotensor():
             return Kept(tensor, section)
         row = section.row
-        row.saved_bytes += tensor.nbytes
+        nbytes = tensor.nbytes
+        row.saved_bytes += nbytes
         storage = tensor.untyped_storage()
         key = storage._cdata
         lo, hi = byte_range(tensor)
@@ -73,9 +74,10 @@ class Packer:
         if storage.nbytes() < self._min_bytes:
             self._ledger.step.note_kept(row, key, lo, hi, "under min_bytes")
             return Kept(tensor, section)
-        transport = self.transports.get(tensor.device) or self._open_transport(tensor.device)
+        device = tensor.device
+        transport = self.transports.get(device) or self._open_transport(device)
         mark = mark_of(key)
-        reason = self._why_kept(tensor, section, key, transport, mark)
+        reason = self._why_kept(tensor, section, key, transport, mark, nbytes)
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
@@ -92,16 +94,17 @@ class Packer:
                 self._ledger.step.note_kept(row, key, lo, hi, reason or "on another device")
                 return Kept(tensor, section)
             watch = InPlaceWatch(tensor)
+            spec = describe(tensor, lo, hi)
             if allocation is None or not allocation.takes(lo, hi):
-                allocation = Allocation(transport, storage, watch, row, tensor.shape)
+                allocation = Allocation(transport, storage, watch, row, spec)
                 self._allocations[key] = weakref.ref(allocation)
-            allocation.saved_at.append((section.name, row.saves, tensor.nbytes))
             section.enter(allocation)
+            allocation.saved_at.append((section.name, row.saves, nbytes))
             fresh = allocation.add(storage, lo, hi)
             if fresh:
                 row.unique_bytes += fresh
                 self._traffic.gather(allocation, section, fresh, mark)
-        return Offloaded(allocation, describe(tensor, lo, hi), watch, section)
+        return Offloaded(allocation, spec, watch, section)
 
     def _why_kept(
         self,
@@ -110,9 +113,10 @@ class Packer:
         key: int,
         transport: Transport | None,
         mark: Mark | None,
+        nbytes: int,
     ) -> str | None:
         """Why a large tensor that is no parameter stays where it is, or None."""
-        if transport is None or (self._residents.on_accelerator and tensor.device.type == "cpu"):
+        if transport is None or (self._residents.accelerators and tensor.get_device() < 0):
             return "on another device"
         base = tensor._base
         resident = self._residents.reason(key, tensor if base is None else base)
@@ -124,7 +128,8 @@ class Packer:
             return section.keep_reason
         if not section.open:
             return "saved after its section had ended"
-        if (section.name, section.row.saves, tensor.nbytes) in self._traffic.still_alive:
+        still_alive = self._traffic.still_alive
+        if still_alive and (section.name, section.row.saves, nbytes) in still_alive:
             return "held by somebody else when it was moved in an earlier step"
         return None
 
@@ -162,6 +167,11 @@ class Packer:
             if device not in self.transports:
                 self.transports[device] = self._stores.open(device)
             return self.transports[device]
+
+    def prepare(self) -> None:
+        """Open the lanes of the devices that the modules are on, so that host memory is made ready meanwhile."""
+        for device in self._residents.accelerators:
+            self._open_transport(device)
 
     def forget_dead(self) -> None:
         """Drop the entries of allocations that are gone."""

@@ -1,11 +1,13 @@
-"""Commits host memory before it is pinned, on several cores."""
+"""Commits host memory before it is pinned, on several cores, and ahead of its need."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 from .units import MIB
 
@@ -21,15 +23,66 @@ def prefault(address: int, nbytes: int) -> None:
     Zeroing fresh pages is most of the cost of pinning: one core does about 6 GiB/s with huge pages, and the driver
     walks them one by one when it has to commit them itself. `address` is page-aligned.
     """
-    if sys.platform != "linux":
+    madvise = _madvise()
+    if madvise is None:
         return
-    madvise = ctypes.CDLL(None, use_errno=True).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     chunks = [(address + at, min(_CHUNK, nbytes - at)) for at in range(0, nbytes, _CHUNK)]
     num_threads = min(_MOST_THREADS, len(chunks), os.cpu_count() or 1)
     if num_threads <= 1:
         madvise(address, nbytes, MADV_POPULATE_WRITE)
         return
     with ThreadPoolExecutor(num_threads, thread_name_prefix="lighterage-prefault") as pool:
-        for _ in pool.map(lambda chunk: madvise(*chunk, MADV_POPULATE_WRITE), chunks):
+        for _ in pool.map(lambda chunk: madvise(chunk[0], chunk[1], MADV_POPULATE_WRITE), chunks):
             pass
+
+
+def _madvise() -> Callable[[int, int, int], int] | None:
+    if sys.platform != "linux":
+        return None
+    madvise = ctypes.CDLL(None, use_errno=True).madvise
+    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return madvise
+
+
+class Frontier:
+    """Commits a range of memory from its start on, in the background, while the first step has other things to do."""
+
+    def __init__(self, address: int, nbytes: int) -> None:
+        self._address = address
+        self._nbytes = nbytes
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._chunks: list[Future[object]] = []
+        self._pool: ThreadPoolExecutor | None = None
+
+    @property
+    def committed_or_under_way(self) -> int:
+        """Bytes from the start that are committed or soon will be."""
+        return min(len(self._chunks) * _CHUNK, self._nbytes)
+
+    def advance(self, end: int) -> None:
+        """Commit the first `end` bytes some time soon. Returns at once."""
+        madvise = _madvise()
+        if madvise is None or os.getpid() != self._pid:
+            return
+        with self._lock:
+            while (begin := len(self._chunks) * _CHUNK) < min(end, self._nbytes):
+                if self._pool is None:
+                    num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
+                    self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="lighterage-prefault")
+                size = min(_CHUNK, self._nbytes - begin)
+                self._chunks.append(self._pool.submit(madvise, self._address + begin, size, MADV_POPULATE_WRITE))
+
+    def reach(self, end: int) -> None:
+        """Return when the first `end` bytes are committed, or the kernel has declined."""
+        self.advance(end)
+        if os.getpid() == self._pid:
+            wait(self._chunks[: -(-end // _CHUNK)])
+
+    def stop(self) -> int:
+        """End the threads; the bytes from the start that are committed. What comes later is committed when needed."""
+        with self._lock:
+            pool, self._pool = self._pool, None
+        if pool is not None and os.getpid() == self._pid:
+            pool.shutdown(wait=True, cancel_futures=True)
+        return self.committed_or_under_way

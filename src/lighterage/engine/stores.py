@@ -8,9 +8,11 @@ import torch
 
 from .arena import Arena, Block
 from .cpu import CpuTransport, Room
-from .cuda import CudaPinner, DiskTransport, HostTransport
+from .cuda import CudaPinner
 from .disk import DiskStore
 from .lanes import Transport
+from .pinned_disk import DiskTransport
+from .pinned_host import HostTransport
 from .policy import Policy
 
 # The most that may wait in pinned memory on its way to a disk that is slower than the link.
@@ -72,9 +74,15 @@ class Stores:
             self._passage = Arena(pinner=CudaPinner() if pinned else None, budget=PASSAGE_BYTES)
         return DiskTransport(device, self._passage, self._open_disk(), self._before_copies)
 
+    def settle(self) -> None:
+        """The first step is over, and what rests at once is known."""
+        for arena in self._arenas.values():
+            arena.settle()
+
     def _arena(self, pinned: bool) -> Arena:
         if pinned not in self._arenas:
             self._arenas[pinned] = Arena(pinner=CudaPinner() if pinned else None, budget=self._policy.budget_bytes)
+            self._arenas[pinned].prepare()
         return self._arenas[pinned]
 
     def _open_disk(self) -> DiskStore:

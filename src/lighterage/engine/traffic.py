@@ -11,7 +11,7 @@ import torch
 
 from ..errors import OffloadError
 from ..marks import Mark, mark_of
-from .allocation import Allocation, SavedAt, Stage
+from .allocation import Allocation, SavedAt, Stage, Unused
 from .lanes import Transport
 from .ledger import Ledger
 from .sections import Section
@@ -36,6 +36,9 @@ class StillAlive:
     def __contains__(self, save: SavedAt) -> bool:
         return save in self._saves
 
+    def __bool__(self) -> bool:
+        return bool(self._saves)
+
 
 class Traffic:
     """The copies of an offloader. All methods but `load` are called with `lock` held."""
@@ -46,10 +49,11 @@ class Traffic:
         self._only_marked = only_marked
         self._gathered: list[Allocation] = []
         self._gathered_bytes = 0
-        self._gathered_on: tuple[int, Transport] | None = None
+        self._gathered_on = 0
+        self._gathered_by: Transport | None = None
         self.still_alive = StillAlive()
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
-        self._unused: dict[int, int] = {}
+        self._unused = Unused()
         self._window = 0
 
     # --- out ------------------------------------------------------------------------------------------------------
@@ -59,32 +63,40 @@ class Traffic:
         if self._only_marked and mark is not Mark.OFFLOAD:
             section.undecided.append(weakref.ref(allocation))
             return
-        on = (allocation.transport.stream_key(), allocation.transport)
-        if self._gathered_on is not None and self._gathered_on != on:
+        transport = allocation.transport
+        stream = transport.stream_key()
+        if self._gathered and (
+            stream != self._gathered_on
+            or transport is not self._gathered_by
+            or (self._gathered_bytes >= GATHER_BYTES and self._gathered[-1] is not allocation)
+        ):
             self.flush()
-        gathered = self._gathered
-        if self._gathered_bytes >= GATHER_BYTES and gathered[-1] is not allocation:
-            self.flush()
-            gathered = self._gathered
-        self._gathered_on = on
+        self._gathered_on, self._gathered_by = stream, transport
         self._gathered_bytes += fresh
         # Saves may take turns between two allocations: each is queued once, and copied whole.
-        if not any(one is allocation for one in gathered):
-            gathered.append(allocation)
+        if not allocation.gathered:
+            allocation.gathered = True
+            self._gathered.append(allocation)
 
     def flush(self) -> None:
         """Start copying what was gathered."""
-        gathered, on = self._gathered, self._gathered_on
-        self.forget()
-        if on is not None:
-            self._evict(gathered, on[1])
+        gathered, transport = self._gathered, self._gathered_by
+        if gathered and transport is not None:
+            self.forget()
+            self._evict(gathered, transport)
 
     def forget(self, section: Section | None = None) -> None:
         """Do not copy what was gathered (of `section`, where one is given): it stays as it is."""
-        self._gathered = [] if section is None else [a for a in self._gathered if not section.saved(a)]
-        if not self._gathered:
+        remaining: list[Allocation] = []
+        for allocation in self._gathered:
+            if section is None or section.saved(allocation):
+                allocation.gathered = False
+            else:
+                remaining.append(allocation)
+        self._gathered = remaining
+        if not remaining:
             self._gathered_bytes = 0
-            self._gathered_on = None
+            self._gathered_by = None
 
     def decide(self, section: Section) -> None:
         """Copy what `section` saved and what has been marked `mark_offload` since."""
@@ -198,7 +210,7 @@ class Traffic:
     def _pump(self) -> None:
         if not self._queue:
             return
-        unused = sum(self._unused.values())
+        unused = self._unused.nbytes
         if unused > REFILL_AT * self._window:
             return
         next_ones: list[Allocation] = []
@@ -246,7 +258,7 @@ class Traffic:
                 self._bring_back([allocation])
             elif allocation.stage is Stage.HELD:
                 allocation.wanted = True
-            if self._unused.pop(id(allocation), None) is not None:
+            if self._unused.use(id(allocation)) and self._queue:
                 self._pump()
         tensor, wait = allocation.use(spec)
         if wait is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,6 +28,21 @@ class ViewSpec(NamedTuple):
     conj: bool
     neg: bool
 
+    def fills(self, lo: int, hi: int) -> bool:
+        """Whether bytes [lo, hi) are all of the view's, and just what a contiguous tensor of its size takes."""
+        return (
+            lo == self.lo
+            and hi == self.hi
+            and lo < hi
+            and self.dtype in _PLAIN
+            and self.size.numel() * self.dtype.itemsize == hi - lo
+        )
+
+
+_PLAIN = frozenset(
+    [torch.bfloat16, torch.float16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int32, torch.int64]
+)
+
 
 def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
     """The bytes [lo, hi) of its storage that the elements of a strided tensor lie in."""
@@ -41,31 +57,41 @@ def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
 
 def describe(tensor: torch.Tensor, lo: int, hi: int) -> ViewSpec:
     """The view spec of a strided tensor; [lo, hi) is its `byte_range`."""
-    return ViewSpec(tensor.dtype, tensor.shape, tensor.stride(), lo, hi, tensor.is_conj(), tensor.is_neg())
+    # tuple's own constructor: on the hottest path there is, that of a named tuple costs twice as much.
+    return tuple.__new__(
+        ViewSpec, (tensor.dtype, tensor.shape, tensor.stride(), lo, hi, tensor.is_conj(), tensor.is_neg())
+    )
 
 
 class Ground:
-    """Device memory that saved tensors are rebuilt over, all of them views of one tensor.
+    """Device memory that saved tensors are rebuilt over, all of them views of one tensor, or that tensor itself.
 
     So they share a version counter, as the tensors that were saved did: what a backward writes into one of them is
     noticed when the next is asked for.
     """
 
-    __slots__ = ("_bytes", "_version")
+    __slots__ = ("_is", "_version", "memory")
 
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._bytes = byte_view(storage, 0, storage.nbytes())
-        self._version = self._bytes._version
+    def __init__(self, memory: torch.Tensor, spec: ViewSpec | None = None) -> None:
+        """`memory` is contiguous. With `spec` it was allocated for that view, and may be the view by itself."""
+        self.memory = memory
+        self._version = memory._version
+        self._is = None
+        if spec is not None and not spec.conj and not spec.neg and memory.stride() == spec.stride:
+            self._is = spec
 
     @property
     def num_changes(self) -> int:
         """How often something was written through a rebuilt tensor."""
-        return self._bytes._version - self._version
+        return self.memory._version - self._version
 
     def rebuild(self, spec: ViewSpec, shift: int) -> torch.Tensor:
         """The tensor that `spec` describes; byte 0 of the allocation lies at byte `shift` of the memory."""
-        whole = self._bytes
-        if spec.dtype is not torch.uint8:
+        whole = self.memory
+        if spec == self._is:
+            return whole
+        if spec.dtype is not whole.dtype:
+            whole = as_bytes(whole)
             itemsize = spec.dtype.itemsize
             odd = whole.numel() % itemsize
             whole = (whole[: whole.numel() - odd] if odd else whole).view(spec.dtype)
@@ -82,6 +108,11 @@ def byte_view(storage: torch.UntypedStorage, lo: int, hi: int) -> torch.Tensor:
     return view
 
 
+def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous tensor as uint8 of shape (nbytes,), over the same memory."""
+    return tensor if tensor.dtype is torch.uint8 and tensor.dim() == 1 else tensor.view(-1).view(torch.uint8)
+
+
 class InPlaceWatch:
     """The version counter of a saved tensor, without its memory.
 
@@ -90,15 +121,16 @@ class InPlaceWatch:
 
     __slots__ = ("_alias", "version")
 
-    _EMPTY: ClassVar[dict[tuple[torch.dtype, torch.device], torch.Tensor]] = {}
+    # By the device's index, which is -1 for the CPU, and dtype.
+    _EMPTY: ClassVar[dict[int, dict[torch.dtype, torch.Tensor]]] = collections.defaultdict(dict)
 
     def __init__(self, tensor: torch.Tensor) -> None:
         alias = tensor.detach()
-        key = (tensor.dtype, tensor.device)
-        empty = self._EMPTY.get(key)
+        of_device = self._EMPTY[tensor.get_device()]
+        empty = of_device.get(tensor.dtype)
         if empty is None:
             with torch.inference_mode(False):
-                empty = self._EMPTY[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                empty = of_device[tensor.dtype] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
         alias.data = empty
         self._alias = alias
         self.version = alias._version

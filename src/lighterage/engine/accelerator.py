@@ -1,0 +1,98 @@
+"""What the transports of an accelerator share: streams, device memory, and the graveyard."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .lanes import Fence
+from .streams import Streams
+from .views import byte_view
+
+# Note [Block lifetime across lanes]
+# A host block is written by the outbound lane and read by the inbound lane. Whoever writes it next must come after
+# both: the block carries the fences of its earlier users, and the outbound lane waits for them before it copies.
+# A device range is read by the outbound lane: its memory goes back to the allocator only after the stream that frees it
+# waits for the copy (`order` at release); where a finalizer drops it while it is copied, it is buried, and the
+# allocator is told of the lane. A reloaded range is written by the inbound
+# lane: it is allocated on the stream that asks for it, the lane waits for that stream first (the allocator may have
+# handed out memory that earlier work still uses), and each stream that reads it waits for the copy.
+
+
+class Accelerator:
+    """What the transports of an accelerator share: streams, allocation, and the graveyard."""
+
+    alignment = 512
+
+    def __init__(self, device: torch.device, before_copies: Callable[[], None] | None) -> None:
+        self.device = device
+        self._streams = Streams(device, before_copies)
+        self._buried: collections.deque[tuple[torch.UntypedStorage, Fence]] = collections.deque()
+        self._keys: set[int] = set()
+
+    def stream_key(self) -> int:
+        key = self._streams.key()
+        if key not in self._keys:
+            self._keys.add(key)
+        return key
+
+    def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device=self.device)
+
+    def share(self, storage: torch.UntypedStorage) -> None:
+        byte_view(storage, 0, storage.nbytes()).record_stream(self._streams.current())
+
+    @property
+    def _several_streams(self) -> bool:
+        return len(self._keys) > 1
+
+    def _claim(self, data: torch.Tensor, lane: torch.Stream, current: torch.Stream) -> None:
+        # With several streams in play, the one that allocated a tensor is not known: let the allocator keep the memory
+        # until both have passed (see Note [Block lifetime across lanes]).
+        if self._several_streams:
+            data.record_stream(lane)
+            data.record_stream(current)
+
+    def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
+        if not fence.done():
+            self._buried.append((storage, fence))
+
+    def tidy(self) -> None:
+        while self._buried:
+            try:
+                storage, fence = self._buried.popleft()
+            except IndexError:  # another thread was faster
+                return
+            if not fence.done():
+                # Nobody wants these bytes any more: rather than wait, leave it to the allocator to watch the lanes.
+                self.share_with_lanes(storage)
+
+    def share_with_lanes(self, storage: torch.UntypedStorage) -> None:
+        data = byte_view(storage, 0, storage.nbytes())
+        data.record_stream(self._streams.outbound)
+        data.record_stream(self._streams.inbound)
+
+    def device_bytes(self) -> int | None:
+        return int(torch.accelerator.memory_allocated(self.device))
+
+
+def copy_out(parts: tuple[torch.Tensor, ...], data: torch.Tensor) -> None:
+    if len(parts) == 1:
+        parts[0].copy_(data, non_blocking=True)
+        return
+    at = 0
+    for part in parts:
+        part.copy_(data[at : at + part.numel()], non_blocking=True)
+        at += part.numel()
+
+
+def copy_in(data: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
+    if len(parts) == 1:
+        data.copy_(parts[0], non_blocking=True)
+        return
+    at = 0
+    for part in parts:
+        data[at : at + part.numel()].copy_(part, non_blocking=True)
+        at += part.numel()

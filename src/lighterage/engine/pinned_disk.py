@@ -1,0 +1,179 @@
+"""Device memory to a file and back, through pinned memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from .accelerator import Accelerator, copy_in, copy_out
+from .arena import Arena, Block
+from .cpu import WorkerFence, WorkerLane
+from .disk import DiskStore, Extent
+from .lanes import FINISHED, Fence, Resting, Source
+from .streams import DeviceWait, EventFence, await_on
+from .views import as_bytes, byte_view
+
+
+class _TicketFence:
+    """A copy that a worker thread issues once a file has been read: first its ticket, then its event."""
+
+    __slots__ = ("copied", "ticket")
+
+    def __init__(self) -> None:
+        self.ticket: WorkerFence
+        self.copied: EventFence | None = None
+
+    def done(self) -> bool:
+        return self.ticket.done() and (self.copied is None or self.copied.done())
+
+    def wait(self) -> None:
+        self.ticket.wait()
+        if self.copied is not None:
+            self.copied.wait()
+
+    def order(self) -> DeviceWait | None:
+        self.ticket.wait()
+        return None if self.copied is None else self.copied.order()
+
+    def ordered_on(self, stream: int) -> bool:
+        return self.ticket.done() and self.copied is not None and self.copied.ordered_on(stream)
+
+
+class _RestedOnDisk:
+    """Bytes in a file, or on their way there through a pinned block."""
+
+    __slots__ = ("extent", "left", "written")
+
+    def __init__(self, extent: Extent) -> None:
+        self.extent = extent
+        self.left: Fence = FINISHED
+        self.written: Fence = FINISHED
+
+    @property
+    def nbytes(self) -> int:
+        return self.extent.nbytes
+
+    def retire(self, fences: Iterable[Fence] = ()) -> None:
+        self.extent.retire((self.written, *fences))
+
+
+class DiskTransport(Accelerator):
+    """Device memory to a file and back, through pinned blocks that are held only for the passage."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        passage: Arena,
+        store: DiskStore,
+        before_copies: Callable[[], None] | None = None,
+    ) -> None:
+        super().__init__(device, before_copies)
+        self._passage = passage
+        self._store = store
+        self._writer = WorkerLane("lighterage-disk-out")
+        self._reader = WorkerLane("lighterage-disk-in")
+        self._refusal: str | None = None
+
+    @property
+    def refusal(self) -> str | None:
+        return self._refusal
+
+    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+        rested: list[Resting | None] = []
+        streams = self._streams
+        lane, current = streams.outbound, streams.current()
+        streams.after(current, lane)
+        for storage, lo, hi in sources:
+            extent = self._store.acquire(hi - lo)
+            if extent is None:
+                self._refusal = self._store.refusal
+                rested.append(None)
+                continue
+            block = self._passage.acquire(hi - lo)
+            if block is None:
+                self._refusal = f"no pinned memory for the passage to disk: {self._passage.refusal}"
+                extent.retire()
+                rested.append(None)
+                continue
+            data = byte_view(storage, lo, hi)
+            with streams.on(lane, current):
+                self._claim(data, lane, current)
+                for earlier in block.fences:
+                    await_on(lane, earlier)
+                copy_out(block.parts, data)
+                left = streams.fence(lane)
+            one = _RestedOnDisk(extent)
+            one.left = left
+            one.written = self._writer.submit(self._write_job(extent, block, left), extent.fences)
+            rested.append(one)
+        return rested
+
+    def _write_job(self, extent: Extent, block: Block, left: EventFence) -> Callable[[], None]:
+        def write() -> None:
+            left.wait()
+            at = 0
+            for part in block.parts:
+                self._store.write(extent, part, offset=at)
+                at += part.numel()
+            # Where the write fails the block is not given back: it still holds the only copy of the bytes.
+            block.retire()
+
+        return write
+
+    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+        streams = self._streams
+        current = streams.current()
+        allocated = current.record_event()
+        fences: list[Fence] = []
+        for batch in batches:
+            fence = _TicketFence()
+            after = [resting.written for resting, _ in batch]  # type: ignore[attr-defined]
+            fence.ticket = self._reader.submit(self._read_job(list(batch), allocated, fence, current), after)
+            fences.append(fence)
+        return fences
+
+    def _read_job(
+        self,
+        batch: list[tuple[Resting, torch.Tensor]],
+        allocated: torch.Event,
+        fence: _TicketFence,
+        current: torch.Stream,
+    ) -> Callable[[], None]:
+        def read() -> None:
+            lane = self._streams.inbound
+            back_to = self._streams.current()
+            lane.wait_event(allocated)
+            batch.reverse()
+            while batch:
+                resting, data = batch.pop()  # in the order of saving: where ranges overlap, the last one is right
+                resting.written.wait()  # type: ignore[attr-defined]
+                block = self._passage.acquire(resting.nbytes)
+                if block is None:  # the passage is full of what is still on its way out: go by ordinary memory
+                    parts: tuple[torch.Tensor, ...] = (torch.empty(resting.nbytes, dtype=torch.uint8),)
+                else:
+                    parts = block.parts
+                    for earlier in block.fences:
+                        earlier.wait()
+                at = 0
+                for part in parts:
+                    self._store.read(resting.extent, part, offset=at)  # type: ignore[attr-defined]
+                    at += part.numel()
+                with self._streams.on(lane, back_to):
+                    self._claim(data, lane, current)
+                    copy_in(as_bytes(data.data), parts)
+                    copied = self._streams.fence(lane)
+                if block is None:
+                    copied.wait()
+                else:
+                    block.retire((copied,))
+                fence.copied = copied
+
+        return read
+
+    def close(self) -> None:
+        self._writer.close()
+        self._reader.close()
+        self._streams.outbound.synchronize()
+        self._streams.inbound.synchronize()
+        self._buried.clear()
