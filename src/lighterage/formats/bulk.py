@@ -6,77 +6,24 @@ CPU, Triton on CUDA, or what `backend` names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
-from typing import ClassVar, Literal, Protocol, cast
+from typing import Literal, cast
 
 import torch
 
 from lighterage.formats.buffers import allocate
 from lighterage.formats.capacity import BulkCapacity, bulk_capacity
 from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks
-from lighterage.formats.parts import FormatName
-from lighterage.formats.quantized_tensor import DIRECTIONS, options_of, view_over
+from lighterage.formats.quantized_tensor import DIRECTIONS, view_over
+from lighterage.formats.quantizer import Backend, BulkQuantizer, check_input, check_usage, chosen_triton
+from lighterage.formats.quantizer import Quantizer as Quantizer
 from lighterage.formats.split_tensors import Group, SplitTensors
 from lighterage.formats.splits import Splits
 from lighterage.kernels.reference.swiglu_rows import swiglu_rows
 
 Activation = Literal["swiglu"] | None
 """What is computed of the input before it is quantized."""
-Backend = Literal["auto", "reference", "triton"]
-RoundingBits = Callable[[tuple[int, int]], torch.Tensor] | None
-"""Gives uniform bytes of a shape, for stochastic rounding; None rounds to nearest."""
-_INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
-
-class Quantizer(Protocol):
-    """What every quantizer has."""
-
-    rowwise: bool
-    columnwise: bool
-
-    def __call__(self, x: torch.Tensor, *, backend: Backend = "auto") -> torch.Tensor: ...
-
-
-class BulkQuantizer(Quantizer, Protocol):
-    """What the quantizer of a format with a bulk layout also has."""
-
-    format_name: ClassVar[FormatName]
-    tensor_class: ClassVar[type[torch.Tensor]]
-
-    @property
-    def block_2d(self) -> bool:
-        """Whether scales belong to two-dimensional blocks."""
-        ...
-
-    def tensor_options(self) -> dict[str, object]:
-        """The options of the tensors that it makes."""
-        ...
-
-    def check(self, x: torch.Tensor) -> None:
-        """Raise TypeError or ValueError for what this format alone refuses."""
-        ...
-
-    def draw_seed(self) -> int | None:
-        """The seed of one call, if rounding is stochastic."""
-        ...
-
-    def reference(self, x_MK: torch.Tensor, columnwise: bool, bits: RoundingBits) -> tuple[torch.Tensor, ...]:
-        """One direction of one tensor in plain torch, in the order of the layout's parts."""
-        ...
-
-    def launch(
-        self,
-        x_MK: torch.Tensor,
-        ends: torch.Tensor,
-        rowwise_buffer: torch.Tensor | None,
-        columnwise_buffer: torch.Tensor | None,
-        num_splits: int,
-        seed: int | None,
-        swiglu: bool,
-    ) -> None:
-        """Both directions of all splits with Triton, into buffers as their layouts say. swiglu: of SwiGLU of `x_MK`."""
-        ...
 
 
 def split_quantize(
@@ -133,20 +80,6 @@ def quantize_one(x: torch.Tensor, quantizer: BulkQuantizer, backend: Backend) ->
     return _quantize_group(x, splits, quantizer, None, backend)[0][0]
 
 
-def quantize_into(x: torch.Tensor, quantizer: Quantizer, out: torch.Tensor, backend: Backend) -> None:
-    """Quantize `x` and copy the codes into `out`, which keeps its usages.
-
-    Raises: ValueError: if `out` was not made by such a quantizer from such a tensor.
-    """
-    fresh = quantizer(x, backend=backend)
-    if type(out) is not type(fresh) or options_of(out) != options_of(fresh) or out.shape != fresh.shape:
-        raise ValueError(
-            f"update writes into a tensor of the class, options and shape that the quantizer makes, {fresh!r}; got "
-            f"{out!r}. Call the quantizer to make a new one."
-        )
-    out.copy_(fresh)
-
-
 def _quantize_group(
     x: torch.Tensor, splits: Splits, quantizer: BulkQuantizer, activation: Activation, backend: Backend
 ) -> tuple[SplitTensors, list[torch.Tensor]]:
@@ -174,7 +107,8 @@ def _quantize_group(
         layouts=layouts,
     )
     tensors = SplitTensors(group, buffers=buffers)
-    x_MK = x.detach().reshape(splits.num_rows, x.shape[-1]).contiguous()
+    whole = x.dim() == 2 and x.is_contiguous()
+    x_MK = x if whole else x.detach().reshape(splits.num_rows, x.shape[-1]).contiguous()
     if x_MK.numel() == 0:
         for buffer in buffers.values():
             buffer.zero_()
@@ -227,16 +161,6 @@ def _random_bytes(shape: tuple[int, int], generator: torch.Generator) -> torch.T
     return torch.randint(0, 256, shape, generator=generator, dtype=torch.uint8, device=generator.device)
 
 
-def draw_seed(generator: torch.Generator) -> int:
-    """A seed of 62 bits from a CPU or CUDA generator, which moves on. The host never waits for the device."""
-    if generator.device.type == "cpu":
-        return int(torch.randint(2**62, (), generator=generator))
-    offset = generator.get_offset()
-    generator.set_offset(offset + 4)
-    local = torch.Generator().manual_seed(generator.initial_seed() ^ (offset << 20))
-    return int(torch.randint(2**62, (), generator=local))
-
-
 def _one_by_one(
     x: torch.Tensor, splits: Splits, quantizers: Sequence[Quantizer], activation: Activation, backend: Backend
 ) -> SplitTensors:
@@ -255,61 +179,6 @@ def _all_alike(quantizers: Sequence[Quantizer]) -> bool:
         return True
     same_class = list(map(type, quantizers)).count(type(first)) == num
     return same_class and list(map(vars, quantizers)).count(vars(first)) == num
-
-
-def chosen_triton(backend: Backend, device: torch.device) -> bool:
-    """Whether Triton does the work.
-
-    Raises: ValueError: on a device that nothing was chosen for, or an unknown name.
-    """
-    check_backend(backend)
-    if backend == "auto" and device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"there are no fast kernels for {device.type} tensors. Pass backend='reference' for the slow, exact ones."
-        )
-    return backend == "triton" or (backend == "auto" and device.type == "cuda")
-
-
-def check_backend(backend: str) -> None:
-    """Check the name of a backend.
-
-    Raises: ValueError.
-    """
-    if backend not in ("auto", "reference", "triton"):
-        raise ValueError(f"backend must be 'auto', 'reference' or 'triton'; got {backend!r}.")
-
-
-def set_usage(quantizer: Quantizer, rowwise: bool | None, columnwise: bool | None) -> None:
-    """Set the directions that are not None."""
-    if rowwise is not None:
-        quantizer.rowwise = rowwise
-    if columnwise is not None:
-        quantizer.columnwise = columnwise
-
-
-def check_usage(quantizer: Quantizer) -> None:
-    """Check that there is something to make.
-
-    Raises: ValueError.
-    """
-    if not (quantizer.rowwise or quantizer.columnwise):
-        raise ValueError(
-            f"{quantizer!r} makes nothing: both usages are off. Call set_usage(rowwise=True) or columnwise."
-        )
-
-
-def check_input(x: object) -> None:
-    """Check what every format asks of its input.
-
-    Raises: TypeError, ValueError.
-    """
-    if not isinstance(x, torch.Tensor) or x.dtype not in _INPUT_DTYPES or x.layout != torch.strided:
-        got = f"{x.dtype} {x.layout} (x: {tuple(x.shape)})" if isinstance(x, torch.Tensor) else type(x).__name__
-        raise TypeError(f"quantization needs a strided bf16, fp16 or fp32 tensor; got {got}. Cast x first.")
-    if hasattr(x, "FIELDS"):
-        raise TypeError(f"x is quantized already: {x!r}. Call x.dequantize() first, or use it as it is.")
-    if x.ndim < 2:
-        raise ValueError(f"quantization needs x of 2 dimensions or more; got {tuple(x.shape)}. Use x.view(1, -1).")
 
 
 def _check_activation(x: torch.Tensor, activation: object) -> None:

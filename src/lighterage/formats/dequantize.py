@@ -7,8 +7,8 @@ from typing import Literal, cast
 
 import torch
 
-from lighterage.formats.bulk import Backend, chosen_triton
 from lighterage.formats.quantized_tensor import view_over
+from lighterage.formats.quantizer import Backend, chosen_triton
 from lighterage.formats.split_tensors import SplitTensors
 from lighterage.kernels.reference import fp8_block, mxfp8, nvfp4
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self, final
+from typing import ClassVar, Literal, final
 
 import torch
 
-from lighterage.formats import bulk, quantized_tensor
+from lighterage.formats import bulk, quantized_tensor, quantizer
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -100,20 +100,9 @@ class Float8BlockTensor(torch.Tensor):
         """Shape and dtype of every field, were this tensor of `shape`."""
         return quantized_tensor.bulk_specs("fp8_block", shape, self.block_scaling_dim == 2)
 
-    def data_tensors(self) -> tuple[torch.Tensor, ...]:
-        """The plain tensors that hold the bytes: data and scales of every usage that is on."""
-        return tuple(quantized_tensor.inner_of(self).values())
-
-    def prepare_for_saving(self) -> tuple[list[torch.Tensor | None], Self]:
-        """The plain tensors (or None) to save, and a shell without data on which to call `restore_from_saved`."""
-        return quantized_tensor.prepare_for_saving(self)
-
-    def restore_from_saved(self, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Put back the list that `prepare_for_saving` gave.
-
-        Raises: ValueError: if its length, or the shape, dtype or device of a tensor is wrong.
-        """
-        quantized_tensor.restore_from_saved(self, tensors)
+    data_tensors = quantized_tensor.data_tensors
+    prepare_for_saving = quantized_tensor.prepare_for_saving
+    restore_from_saved = quantized_tensor.restore_from_saved
 
 
 @final
@@ -144,11 +133,7 @@ class Float8BlockQuantizer:
         if not self.amax_epsilon >= 0:
             raise ValueError(f"amax_epsilon must be 0 or more; got {self.amax_epsilon!r}.")
 
-    def set_usage(self, *, rowwise: bool | None = None, columnwise: bool | None = None) -> None:
-        """Choose which directions the next tensors get; None leaves one as it is."""
-        bulk.set_usage(self, rowwise, columnwise)
-
-    def __call__(self, x: torch.Tensor, *, backend: bulk.Backend = "auto") -> Float8BlockTensor:
+    def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> Float8BlockTensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, of any sizes; not recorded by autograd.
 
         Each direction is one allocation. Work lands on the current stream.
@@ -158,13 +143,8 @@ class Float8BlockQuantizer:
         assert isinstance(tensor, Float8BlockTensor)
         return tensor
 
-    def update(self, x: torch.Tensor, out: Float8BlockTensor, *, backend: bulk.Backend = "auto") -> Float8BlockTensor:
-        """Quantize `x` into the memory of `out`, which keeps its usages; returns `out`.
-
-        Raises: ValueError, TypeError: if `out` is not what this quantizer makes of `x`.
-        """
-        bulk.quantize_into(x, self, out, backend)
-        return out
+    set_usage = quantizer.set_usage
+    update = quantizer.quantize_into
 
     # What `bulk` calls.
 
@@ -178,7 +158,7 @@ class Float8BlockQuantizer:
     def check(self, x: torch.Tensor) -> None:
         """Any input of the dtypes that every format takes will do."""
 
-    def reference(self, x_MK: torch.Tensor, columnwise: bool, bits: bulk.RoundingBits) -> tuple[torch.Tensor, ...]:
+    def reference(self, x_MK: torch.Tensor, columnwise: bool, bits: quantizer.RoundingBits) -> tuple[torch.Tensor, ...]:
         quantize = reference.quantize_2d if self.block_2d else reference.quantize_1d
         return quantize(
             x_MK,

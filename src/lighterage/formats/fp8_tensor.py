@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import torch
 
-from lighterage.formats import bulk, quantized_tensor
+from lighterage.formats import quantized_tensor, quantizer
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.kernels.reference import fp8_tensor as reference
@@ -73,20 +73,9 @@ class Float8Tensor(torch.Tensor):
             "scale_inv": ViewSpec(offset=0, shape=(1,), dtype="float32"),
         }
 
-    def data_tensors(self) -> tuple[torch.Tensor, ...]:
-        """The plain tensors that hold the bytes: the data of every usage that is on, and the scale."""
-        return tuple(quantized_tensor.inner_of(self).values())
-
-    def prepare_for_saving(self) -> tuple[list[torch.Tensor | None], Self]:
-        """The plain tensors (or None) to save, and a shell without data on which to call `restore_from_saved`."""
-        return quantized_tensor.prepare_for_saving(self)
-
-    def restore_from_saved(self, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Put back the list that `prepare_for_saving` gave.
-
-        Raises: ValueError: if its length, or the shape, dtype or device of a tensor is wrong.
-        """
-        quantized_tensor.restore_from_saved(self, tensors)
+    data_tensors = quantized_tensor.data_tensors
+    prepare_for_saving = quantized_tensor.prepare_for_saving
+    restore_from_saved = quantized_tensor.restore_from_saved
 
 
 @final
@@ -110,19 +99,15 @@ class Float8CurrentScalingQuantizer:
         if not self.amax_epsilon >= 0:
             raise ValueError(f"amax_epsilon must be 0 or more; got {self.amax_epsilon!r}. Pass 0.0 for none.")
 
-    def set_usage(self, *, rowwise: bool | None = None, columnwise: bool | None = None) -> None:
-        """Choose which directions the next tensors get; None leaves one as it is."""
-        bulk.set_usage(self, rowwise, columnwise)
-
-    def __call__(self, x: torch.Tensor, *, backend: bulk.Backend = "auto") -> Float8Tensor:
+    def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> Float8Tensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, of any sizes; not recorded by autograd.
 
         backend: "auto" and "reference" are the same plain-torch arithmetic, on any device.
         Raises: ValueError, TypeError: naming the rule that x breaks.
         """
-        bulk.check_usage(self)
-        bulk.check_input(x)
-        bulk.check_backend(backend)
+        quantizer.check_usage(self)
+        quantizer.check_input(x)
+        quantizer.check_backend(backend)
         if backend == "triton":
             raise ValueError("per-tensor FP8 has no Triton kernel. Pass backend='auto' or backend='reference'.")
         data, scale_inv, _ = reference.quantize(
@@ -134,10 +119,5 @@ class Float8CurrentScalingQuantizer:
         out.update_usage(rowwise_usage=self.rowwise, columnwise_usage=self.columnwise)
         return out
 
-    def update(self, x: torch.Tensor, out: Float8Tensor, *, backend: bulk.Backend = "auto") -> Float8Tensor:
-        """Quantize `x` into the memory of `out`, which keeps its usages; returns `out`.
-
-        Raises: ValueError, TypeError: if `out` is not what this quantizer makes of `x`.
-        """
-        bulk.quantize_into(x, self, out, backend)
-        return out
+    set_usage = quantizer.set_usage
+    update = quantizer.quantize_into

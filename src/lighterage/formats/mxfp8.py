@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self, final
+from typing import ClassVar, final
 
 import torch
 
-from lighterage.formats import bulk, quantized_tensor
+from lighterage.formats import bulk, quantized_tensor, quantizer
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -74,20 +74,9 @@ class MXFP8Tensor(torch.Tensor):
         """Shape and dtype of every field, were this tensor of `shape`."""
         return quantized_tensor.bulk_specs("mxfp8", shape, False)
 
-    def data_tensors(self) -> tuple[torch.Tensor, ...]:
-        """The plain tensors that hold the bytes: data and scales of every usage that is on."""
-        return tuple(quantized_tensor.inner_of(self).values())
-
-    def prepare_for_saving(self) -> tuple[list[torch.Tensor | None], Self]:
-        """The plain tensors (or None) to save, and a shell without data on which to call `restore_from_saved`."""
-        return quantized_tensor.prepare_for_saving(self)
-
-    def restore_from_saved(self, tensors: Sequence[torch.Tensor | None]) -> None:
-        """Put back the list that `prepare_for_saving` gave.
-
-        Raises: ValueError: if its length, or the shape, dtype or device of a tensor is wrong.
-        """
-        quantized_tensor.restore_from_saved(self, tensors)
+    data_tensors = quantized_tensor.data_tensors
+    prepare_for_saving = quantized_tensor.prepare_for_saving
+    restore_from_saved = quantized_tensor.restore_from_saved
 
 
 @final
@@ -109,11 +98,7 @@ class MXFP8Quantizer:
     def __post_init__(self) -> None:
         fp8_max(self.fp8_dtype)
 
-    def set_usage(self, *, rowwise: bool | None = None, columnwise: bool | None = None) -> None:
-        """Choose which directions the next tensors get; None leaves one as it is."""
-        bulk.set_usage(self, rowwise, columnwise)
-
-    def __call__(self, x: torch.Tensor, *, backend: bulk.Backend = "auto") -> MXFP8Tensor:
+    def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> MXFP8Tensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, rows and K multiples of 32; not recorded by autograd.
 
         Each direction is one allocation. Work lands on the current stream.
@@ -123,13 +108,8 @@ class MXFP8Quantizer:
         assert isinstance(tensor, MXFP8Tensor)
         return tensor
 
-    def update(self, x: torch.Tensor, out: MXFP8Tensor, *, backend: bulk.Backend = "auto") -> MXFP8Tensor:
-        """Quantize `x` into the memory of `out`, which keeps its usages; returns `out`.
-
-        Raises: ValueError, TypeError: if `out` is not what this quantizer makes of `x`.
-        """
-        bulk.quantize_into(x, self, out, backend)
-        return out
+    set_usage = quantizer.set_usage
+    update = quantizer.quantize_into
 
     # What `bulk` calls.
 
@@ -142,7 +122,7 @@ class MXFP8Quantizer:
     def draw_seed(self) -> int | None:
         return None
 
-    def reference(self, x_MK: torch.Tensor, columnwise: bool, bits: bulk.RoundingBits) -> tuple[torch.Tensor, ...]:
+    def reference(self, x_MK: torch.Tensor, columnwise: bool, bits: quantizer.RoundingBits) -> tuple[torch.Tensor, ...]:
         return reference.quantize(x_MK, fp8_dtype=self.fp8_dtype, columnwise=columnwise)
 
     def launch(

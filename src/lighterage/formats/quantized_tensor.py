@@ -182,15 +182,20 @@ def some_direction(tensor: torch.Tensor) -> str:
 # --- saving ---------------------------------------------------------------------------------------------------------
 
 
+def data_tensors(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The plain tensors that hold the bytes: data, scales and amax of every usage that is on."""
+    return tuple(inner_of(tensor).values())
+
+
 def prepare_for_saving(tensor: T) -> tuple[list[torch.Tensor | None], T]:
-    """The plain tensors (or None) in the order of the fields, and a shell without data to restore them into."""
+    """The plain tensors (or None) to save, in the order of the fields, and a shell on which to `restore_from_saved`."""
     return [getattr(tensor, name) for name in as_quantized(tensor).FIELDS], emptied(tensor)
 
 
 def restore_from_saved(tensor: torch.Tensor, saved: Sequence[torch.Tensor | None]) -> None:
-    """Put back what `prepare_for_saving` gave.
+    """Put back the list that `prepare_for_saving` gave.
 
-    Raises: ValueError: if a tensor has not the shape, dtype and device that its field has.
+    Raises: ValueError: if its length, or the shape, dtype or device of a tensor is wrong.
     """
     fields = as_quantized(tensor).FIELDS
     if len(saved) != len(fields):
