@@ -7,7 +7,14 @@ from functools import partial
 import pytest
 import torch
 
-from tests.kernels.triton_cases import DEVICE, DTYPES, Views, check_against_reference, hard_input
+from tests.kernels.triton_cases import (
+    DEVICE,
+    DTYPES,
+    Views,
+    check_against_reference,
+    check_swiglu_is_fused_exactly,
+    hard_input,
+)
 
 pytest.importorskip("triton")
 
@@ -33,18 +40,24 @@ def test_every_byte_equals_the_reference(dtype, fp8_dtype) -> None:
     _check(hard_input(192, 160, dtype), [128, 0, 64], fp8_dtype=fp8_dtype)
 
 
-@pytest.mark.parametrize("tile", [(32, 128), (32, 256), (64, 128), (128, 128)])
+@pytest.mark.parametrize("num_warps", [1, 4])
 @pytest.mark.parametrize(
     ("splits", "num_cols"), [([32], 32), ([0, 96, 0, 32, 160, 0], 288), ([256, 0, 96], 96), ([0], 64), ([32] * 18, 32)]
 )
-def test_ragged_and_empty_splits_equal_the_reference(splits, num_cols, tile) -> None:
+def test_ragged_and_empty_splits_equal_the_reference(splits, num_cols, num_warps) -> None:
     x = hard_input(sum(splits) + 5, num_cols, torch.bfloat16)
-    _check(x, splits, tile_m=tile[0], tile_k=tile[1], tiles_per_program=2)
+    _check(x, splits, num_warps=num_warps)
 
 
 @pytest.mark.parametrize("columnwise", [False, True])
 def test_one_direction_alone_equals_the_reference(columnwise) -> None:
     _check(hard_input(160, 192, torch.bfloat16), [32, 128], directions=(columnwise,))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_on_the_way_in_changes_no_byte(dtype) -> None:
+    launch = partial(split_quantize_mxfp8, fp8_dtype=torch.float8_e4m3fn)
+    check_swiglu_is_fused_exactly(hard_input(160, 2 * 160, dtype), [96, 0, 32], "mxfp8", launch)
 
 
 @pytest.mark.parametrize("fp8_dtype", FP8_DTYPES)
@@ -65,6 +78,14 @@ def test_large_groups_equal_the_reference(dtype, fp8_dtype) -> None:
     x = hard_input(4096, 1056, dtype, seed=1)
     _check(x, [512] * 8, fp8_dtype=fp8_dtype)
     _check(x, [1024, 0, 32, 992, 64, 1984], fp8_dtype=fp8_dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_on_the_way_in_changes_no_byte_of_large_groups(dtype) -> None:
+    launch = partial(split_quantize_mxfp8, fp8_dtype=torch.float8_e4m3fn)
+    h = hard_input(4096, 2 * 1056, dtype, seed=1)
+    check_swiglu_is_fused_exactly(h, [1024, 0, 32, 992, 64, 1984], "mxfp8", launch)
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from tests.kernels.triton_cases import (
     DTYPES,
     Views,
     check_against_reference,
+    check_swiglu_is_fused_exactly,
     ends_of,
     hard_input,
     make_buffer,
@@ -78,6 +79,17 @@ def test_the_cut_of_the_work_does_not_change_a_byte(tuning) -> None:
 def test_a_tile_that_gave_wrong_scales_is_refused() -> None:
     with pytest.raises(ValueError, match="tile_k is 128 or more"):
         _check(tame_input(32, 64, torch.bfloat16), [32], tile_k=64)
+
+
+def _check_swiglu(h, splits, *, hadamard=False, block_2d=False) -> None:
+    options = {"hadamard": hadamard, "block_2d": block_2d, "stochastic_rounding": False, "seed": 0}
+    launch = partial(split_quantize_nvfp4, **options)
+    check_swiglu_is_fused_exactly(h, splits, "nvfp4", launch, block_2d=block_2d)
+
+
+@pytest.mark.parametrize(("hadamard", "block_2d"), [(False, False), (True, False), (False, True)])
+def test_swiglu_on_the_way_in_changes_no_byte(hadamard, block_2d) -> None:
+    _check_swiglu(tame_input(80, 2 * 48, torch.bfloat16), [48, 0, 16], hadamard=hadamard, block_2d=block_2d)
 
 
 @pytest.mark.parametrize("amax", [0.0, 1e-40, 1e-38, 1.0, 6.0, 10.0, 2688.0, 3.3e38, float("inf")])
@@ -166,6 +178,16 @@ def test_large_groups_equal_the_reference(dtype, make) -> None:
         _check(x, splits, block_2d=True)
         if dtype == torch.bfloat16:
             _check(x, splits, hadamard=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_swiglu_on_the_way_in_changes_no_byte_of_large_groups(dtype) -> None:
+    h, splits = tame_input(4096, 2 * 1040, dtype, seed=1), [1024, 0, 16, 1008, 48, 2000]
+    _check_swiglu(h, splits)
+    _check_swiglu(h, splits, block_2d=True)
+    if dtype == torch.bfloat16:
+        _check_swiglu(h, splits, hadamard=True)
 
 
 @pytest.mark.gpu

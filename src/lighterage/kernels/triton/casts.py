@@ -178,7 +178,7 @@ def largest_magnitude(values, HARDWARE: tl.constexpr):
 @triton.jit
 def without_nan(amax):
     """A maximum that ignored NaN: 0 where there was nothing but NaN."""
-    return tl.where(amax == amax, amax, 0.0)
+    return tl.maximum(amax, 0.0)
 
 
 @triton.jit

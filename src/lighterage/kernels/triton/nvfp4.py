@@ -28,6 +28,7 @@ import triton.language as tl
 from lighterage.kernels.triton.casts import (
     e2m1_code,
     e2m1_code_stochastic,
+    largest_magnitude,
     magnitude,
     nvfp4_block_scale,
     nvfp4_global_scale,
@@ -35,33 +36,41 @@ from lighterage.kernels.triton.casts import (
     widen,
     without_nan,
 )
-from lighterage.kernels.triton.launch import check_group, has_fp8_casts, on_device_of
-from lighterage.kernels.triton.splits import data_offset, find_split, num_slots, padded_splits, rows_of_splits
+from lighterage.kernels.triton.launch import check_group, has_fp8_casts, on_device_of, quantized_shape
+from lighterage.kernels.triton.splits import (
+    data_offset,
+    find_split_and_units,
+    num_slots,
+    padded_splits,
+    rows_of_splits,
+)
+from lighterage.kernels.triton.swiglu import load_input
 
 _AMAX_PROGRAMS = 1024
 _HADAMARD_SIGNS = tl.constexpr(0xD7E8)  # bit i: element i is negated
 
 
 @triton.jit
-def _load_16_rows(x, first_row, offs_k, rows, NUM_COLS: tl.constexpr, MASK_K: tl.constexpr, HARDWARE: tl.constexpr):
+def _load_16_rows(
+    x,
+    first_row,
+    offs_k,
+    rows,
+    NUM_COLS: tl.constexpr,
+    MASK_K: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
     """16 fp32 tensors [G, C]: tensor r holds rows `first_row + r`. `first_row`: [G]. Zero outside the split."""
+    STRIDE: tl.constexpr = 2 * NUM_COLS if SWIGLU else NUM_COLS
     mask = (first_row < rows)[:, None]
     if MASK_K:
         mask = mask & (offs_k < NUM_COLS)[None, :]
-    pointers = x + first_row.to(tl.int64)[:, None] * NUM_COLS + offs_k[None, :]
+    pointers = x + first_row.to(tl.int64)[:, None] * STRIDE + offs_k[None, :]
     values = ()
     for r in tl.static_range(16):
-        values = values + (widen(tl.load(pointers + r * NUM_COLS, mask=mask, other=0.0), HARDWARE),)
+        values = values + (widen(load_input(pointers + r * STRIDE, mask, NUM_COLS, SWIGLU, HARDWARE), HARDWARE),)
     return values
-
-
-@triton.jit
-def _max_16(values, HARDWARE: tl.constexpr):
-    """Elementwise maximum of the magnitudes of 16 tensors; NaN only where all are."""
-    largest = magnitude(values[0], HARDWARE)
-    for r in tl.static_range(1, 16):
-        largest = tl.maximum(largest, magnitude(values[r], HARDWARE))
-    return largest
 
 
 @triton.jit
@@ -103,6 +112,7 @@ def _amax_kernel(
     num_partials,
     NUM_COLS: tl.constexpr,
     HADAMARD: tl.constexpr,
+    SWIGLU: tl.constexpr,
     LANES: tl.constexpr,
     TILE_K: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -128,10 +138,10 @@ def _amax_kernel(
                 first_row = tl.zeros([1], tl.int32) + g * 16
                 offs_k = k + tl.arange(0, TILE_K)
                 MASK_K: tl.constexpr = NUM_COLS % TILE_K != 0
-                values = _load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, HARDWARE)
-                plain = tl.maximum(plain, _max_16(values, HARDWARE))
+                values = _load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
+                plain = tl.maximum(plain, largest_magnitude(values, HARDWARE))
                 if HADAMARD:
-                    transformed = tl.maximum(transformed, _max_16(_hadamard_16(values, HARDWARE), HARDWARE))
+                    transformed = tl.maximum(transformed, largest_magnitude(_hadamard_16(values, HARDWARE), HARDWARE))
         tl.store(partials + program + split, tl.max(tl.max(plain, 1), 0))
         if HADAMARD:
             tl.store(partials + num_partials + program + split, tl.max(tl.max(transformed, 1), 0))
@@ -221,6 +231,7 @@ def _quantize_tile(
     HADAMARD: tl.constexpr,
     BLOCK_2D: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SWIGLU: tl.constexpr,
     C: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
@@ -231,7 +242,7 @@ def _quantize_tile(
     group = tile * G + tl.arange(0, G)
     offs_k = k_tile * C + tl.arange(0, C)
     first_row = group * 16
-    values = _load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, HARDWARE)
+    values = _load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
     row_random = values
     col_random = values
     if STOCHASTIC:
@@ -244,7 +255,7 @@ def _quantize_tile(
     block_code = tl.zeros([G, C // 16], tl.int32)
     codes = values
     if BLOCK_2D:
-        amax = tl.max(tl.reshape(_max_16(values, HARDWARE), [G, C // 16, 16]), 2)
+        amax = tl.max(tl.reshape(largest_magnitude(values, HARDWARE), [G, C // 16, 16]), 2)
         block_code, factor = nvfp4_block_scale(without_nan(amax), row_multiplier, row_decode, HARDWARE)
         factor = _spread(factor, G, C)
         factors = (factor,) * 16
@@ -287,7 +298,7 @@ def _quantize_tile(
         else:
             if HADAMARD:
                 values = _hadamard_16(values, HARDWARE)
-            amax = without_nan(_max_16(values, HARDWARE))
+            amax = without_nan(largest_magnitude(values, HARDWARE))
             col_code, factor = nvfp4_block_scale(amax, col_multiplier, col_decode, HARDWARE)
             factors = (factor,) * 16
             codes = _codes_16(values, factors, col_random, STOCHASTIC, HARDWARE)
@@ -318,6 +329,7 @@ def _split_quantize_kernel(
     HADAMARD: tl.constexpr,
     BLOCK_2D: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    SWIGLU: tl.constexpr,
     LANES: tl.constexpr,
     PARTIALS: tl.constexpr,
     C: tl.constexpr,
@@ -330,31 +342,30 @@ def _split_quantize_kernel(
     K_TILES: tl.constexpr = (K_PADDED + C - 1) // C
     K_PROGRAMS: tl.constexpr = (K_TILES + TILES_PER_PROGRAM - 1) // TILES_PER_PROGRAM
     program = tl.program_id(0)
-    split, start, rows, tile = find_split(ends, program // K_PROGRAMS, num_splits, 128, LANES)
+    split, start, rows, tile, units_128, units_64 = find_split_and_units(
+        ends, program // K_PROGRAMS, num_splits, 128, 128, 64, LANES
+    )
     writes_amax = (tile == 0) & (program % K_PROGRAMS == 0)
     if (tile * 128 >= rows) & (writes_amax == 0):
         return
     offset, scales_start = data_offset(ends, split, start, num_splits, NUM_COLS // 2, 16, LANES)
-    all_rows = rows_of_splits(ends, num_splits, LANES)
-    row_scale_bytes = ((all_rows + 127) // 128).to(tl.int64) * (128 * K_BLOCKS_PADDED)
-    col_scale_bytes = ((all_rows + 63) // 64).to(tl.int64) * (4 * K_PADDED)
-    before = tl.arange(0, LANES) < split
     row_amax = _split_amax(partials, split, start, rows, rows_per_program, PARTIALS)
     col_amax = row_amax
     if HADAMARD:
         col_amax = _split_amax(partials + num_partials, split, start, rows, rows_per_program, PARTIALS)
     if writes_amax:
+        all_rows = rows_of_splits(ends, num_splits, LANES)
         if ROWWISE:
-            place = scales_start + tl.sum(row_scale_bytes, 0) + split * 16
-            tl.store((row_buffer + place).to(tl.pointer_type(tl.float32)), row_amax)
+            place = scales_start + tl.sum((all_rows + 127) // 128, 0).to(tl.int64) * (128 * K_BLOCKS_PADDED)
+            tl.store((row_buffer + (place + split * 16)).to(tl.pointer_type(tl.float32)), row_amax)
         if COLUMNWISE:
-            place = scales_start + tl.sum(col_scale_bytes, 0) + split * 16
-            tl.store((col_buffer + place).to(tl.pointer_type(tl.float32)), col_amax)
+            place = scales_start + tl.sum((all_rows + 63) // 64, 0).to(tl.int64) * (4 * K_PADDED)
+            tl.store((col_buffer + (place + split * 16)).to(tl.pointer_type(tl.float32)), col_amax)
     row_multiplier, row_decode = nvfp4_global_scale(row_amax)
     col_multiplier, col_decode = nvfp4_global_scale(col_amax)
-    row_scales = scales_start + tl.sum(tl.where(before, row_scale_bytes, 0), 0)
-    col_scales = scales_start + tl.sum(tl.where(before, col_scale_bytes, 0), 0) // 4 * 4
-    x += start.to(tl.int64) * NUM_COLS
+    row_scales = scales_start + units_128.to(tl.int64) * (128 * K_BLOCKS_PADDED)
+    col_scales = scales_start + units_64.to(tl.int64) * (4 * K_PADDED)
+    x += start.to(tl.int64) * (2 * NUM_COLS if SWIGLU else NUM_COLS)
     first = (program % K_PROGRAMS) * TILES_PER_PROGRAM
     last = tl.where(rows > 0, tl.minimum(first + TILES_PER_PROGRAM, K_TILES), first)  # an empty split has no tile
     for k_tile in range(first, last):
@@ -379,6 +390,7 @@ def _split_quantize_kernel(
             HADAMARD,
             BLOCK_2D,
             STOCHASTIC,
+            SWIGLU,
             C,
             HARDWARE,
         )
@@ -395,6 +407,7 @@ def split_quantize_nvfp4(
     block_2d: bool,
     stochastic_rounding: bool,
     seed: int,
+    swiglu: bool = False,
     tile_k: int = 128,
     tiles_per_program: int = 4,
     num_warps: int = 8,
@@ -414,6 +427,7 @@ def split_quantize_nvfp4(
         block_2d: one scale for 16x16 values; the columnwise direction is the rowwise one transposed.
         stochastic_rounding: round at random, so that the mean is x; `seed` fixes the outcome.
         seed: of the random numbers; read if stochastic_rounding.
+        swiglu: x is (M, 2K), K gates before K ups, and what is quantized is `kernels.triton.swiglu.swiglu(x)`.
         tile_k, tiles_per_program, num_warps, max_registers, amax_tile_k, amax_warps: how the work is cut. They change
             speed alone.
 
@@ -422,8 +436,8 @@ def split_quantize_nvfp4(
     Source: Transformer Engine 2.20, common/transpose/quantize_transpose_vector_blockwise_fp4.cu and
         common/hadamard_transform; docs/formats.md has the layout.
     """
-    num_rows, num_cols = x.shape
     check_group(x, ends, num_splits, rowwise_buffer, columnwise_buffer)
+    num_rows, num_cols = quantized_shape(x, swiglu)
     if hadamard and (block_2d or x.dtype != torch.bfloat16):
         raise ValueError(
             f"The Hadamard transform takes bf16 and 1x16 blocks; got {x.dtype}, block_2d={block_2d}. "
@@ -455,6 +469,7 @@ def split_quantize_nvfp4(
             num_partials,
             NUM_COLS=num_cols,
             HADAMARD=hadamard,
+            SWIGLU=swiglu,
             LANES=lanes,
             TILE_K=min(amax_tile_k, triton.next_power_of_2(num_cols)),
             HARDWARE=hardware,
@@ -480,6 +495,7 @@ def split_quantize_nvfp4(
             HADAMARD=hadamard,
             BLOCK_2D=block_2d,
             STOCHASTIC=stochastic_rounding,
+            SWIGLU=swiglu,
             LANES=lanes,
             PARTIALS=max(16, triton.next_power_of_2(amax_programs)),
             C=tile_k,
