@@ -10,17 +10,19 @@ import torch
 
 from lighterage.cli import demo_run, demo_train, main
 from lighterage.cli.demo_config import DemoConfig
-from lighterage.cli.demo_measure import LiveBytes, StepClock, over_time
+from lighterage.cli.demo_measure import LiveBytes, SavedAllocations, StepClock, over_time
 from lighterage.cli.demo_model import Decoder
+from lighterage.cli.demo_moe import RECIPES
 from lighterage.cli.demo_text import batches, standard_library_text
 from lighterage.cli.demo_train import RunResult, digest, train
 
 TINY = DemoConfig(steps=3, layers=2, hidden=64, seq=16, batch=2, keep_last=1)
+DENSE = dataclasses.replace(TINY, model="dense", recipe="none")
 
 
-@pytest.fixture(scope="module")
-def plain() -> RunResult:
-    return train(TINY, standard_library_text(4096), offload=False, on_step=lambda step, loss: None)
+@pytest.fixture(scope="module", params=[TINY, DENSE], ids=["moe", "dense"])
+def plain(request) -> RunResult:
+    return train(request.param, standard_library_text(4096), offload=False, on_step=lambda step, loss: None)
 
 
 def test_text_is_the_same_each_time_and_is_python():
@@ -144,9 +146,34 @@ def test_the_model_learns(plain):
     assert plain.losses[-1] < plain.losses[0]
 
 
-def test_equal_runs_have_no_difference(plain):
-    again = train(TINY, standard_library_text(4096), offload=False, on_step=lambda step, loss: None)
-    assert demo_run.compare(plain, again) == []
+@pytest.mark.parametrize("config", [TINY, DENSE], ids=["moe", "dense"])
+def test_equal_runs_have_no_difference(config):
+    runs = [
+        train(config, standard_library_text(4096), offload=False, on_step=lambda step, loss: None) for _ in range(2)
+    ]
+    assert demo_run.compare(*runs) == []
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_every_recipe_learns_with_equal_bits_and_one_copy_a_buffer(recipe):
+    config = DemoConfig(recipe=recipe, steps=3, layers=2, hidden=128, seq=128, batch=2, experts=4, keep_last=1)
+    text = standard_library_text(100_000)
+    plain, moved = (train(config, text, offload=offload, on_step=lambda step, loss: None) for offload in (False, True))
+    assert demo_run.compare(plain, moved) == []
+    assert plain.losses[-1] < plain.losses[0]
+    assert moved.stats is not None
+    assert moved.stats.copies_out == moved.stats.copies_in == plain.num_allocations > 0
+
+
+def test_saved_allocations_are_those_of_the_layers_that_are_named():
+    layers = torch.nn.ModuleList(torch.nn.Linear(64, 64, bias=False) for _ in range(3))
+    saved = SavedAllocations(layers, layers[:2], min_bytes=1024)
+    with saved:
+        y = torch.randn(64, 64)
+        for layer in layers:
+            y = layer(y).relu()
+    assert saved.count == 2, "the inputs of two layers; neither weights nor what is saved between layers"
+    y.sum().backward()
 
 
 def test_each_kind_of_difference_is_told(plain):
@@ -163,7 +190,7 @@ def test_each_kind_of_difference_is_told(plain):
 
 
 def test_demo_runs_to_the_end(tmp_path, capsys):
-    assert main(["demo", "--quick", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    assert main(["demo", "--quick", "--device", "cpu", "--steps", "3", "--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "bitwise equal" in text
     assert "Same bits" in text
@@ -176,12 +203,24 @@ def test_demo_runs_to_the_end(tmp_path, capsys):
 
 def test_demo_fails_when_the_bits_differ(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo_run, "compare", lambda plain, moved: ["the loss of step 1 is another."])
-    assert main(["demo", "--quick", "--device", "cpu", "--steps", "3", "--out", str(tmp_path)]) == 1
+    assert main(["demo", "--model", "dense", "--quick", "--device", "cpu", "--steps", "3", "--out", str(tmp_path)]) == 1
     assert "FAILED: the loss of step 1 is another." in capsys.readouterr().out
+
+
+def test_the_dense_model_is_still_there(tmp_path, capsys):
+    sizes = ["--hidden", "64", "--seq", "64", "--steps", "3"]
+    assert main(["demo", "--model", "dense", "--quick", "--device", "cpu", *sizes, "--out", str(tmp_path)]) == 0
+    assert "experts" not in capsys.readouterr().out
+
+
+def test_demo_fails_when_an_allocation_takes_two_copies(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(SavedAllocations, "count", 5)
+    assert main(["demo", "--model", "dense", "--quick", "--device", "cpu", "--steps", "3", "--out", str(tmp_path)]) == 1
+    assert "copies were made one way, for 5 allocations" in capsys.readouterr().out
 
 
 def test_demo_fails_when_nothing_is_freed(tmp_path, capsys):
     # Width 64 and 8 tokens: every allocation is under the smallest size that is worth a copy.
-    sizes = ["--hidden", "64", "--seq", "8", "--batch", "1", "--steps", "3"]
+    sizes = ["--model", "dense", "--hidden", "64", "--seq", "8", "--batch", "1", "--steps", "3"]
     assert main(["demo", "--quick", "--device", "cpu", *sizes, "--out", str(tmp_path)]) == 1
     assert "nothing was freed: the offloader moved no bytes" in capsys.readouterr().out

@@ -28,7 +28,20 @@ def test_demo_help_shows_sizes_and_seed(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["demo", "--help"])
     text = capsys.readouterr().out
-    for word in ("--steps", "--seed", "--keep-last", "--tier", "quick", "gpu", "256", "seed, unless given: 0"):
+    for word in (
+        "--steps",
+        "--seed",
+        "--keep-last",
+        "--tier",
+        "--model",
+        "--recipe",
+        "nvfp4",
+        "dense",
+        "quick",
+        "gpu",
+        "256",
+        "seed, unless given: 0",
+    ):
         assert word in text
 
 
@@ -43,6 +56,9 @@ def test_a_missing_extra_is_named_with_its_remedy(monkeypatch, capsys):
     [
         (["--hidden", "100"], "multiple of 64"),
         (["--steps", "2"], "at least 3"),
+        (["--seq", "10", "--batch", "1"], "multiple of 32"),
+        (["--experts", "2", "--top-k", "3"], "more than the 2 --experts"),
+        (["--model", "dense", "--recipe", "mxfp8"], "of --model moe"),
         (["--layers", "2", "--keep-last", "2"], "Keep fewer"),
         (["--device", "tpu9"], "--device tpu9"),
     ],

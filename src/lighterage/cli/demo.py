@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _DESCRIPTION = """\
 Train a byte-level language model on the sources of Python's standard library, first without and then with offload,
 from the same seed. Compare every loss, gradient and weight bit for bit, and show what the device held.
-Exits with 1 if a bit differs or nothing was freed.
+Exits with 1 if a bit differs, nothing was freed, or an allocation took more than one copy.
 """
 
 
@@ -29,12 +29,25 @@ def add_parser(commands: Subparsers) -> None:
         epilog=_sizes_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument(
+        "--model",
+        choices=["moe", "dense"],
+        default="moe",
+        help="a mixture of experts in lighterage's layers, or a dense decoder in plain PyTorch (default: moe)",
+    )
+    parser.add_argument(
+        "--recipe",
+        choices=["fp8_block", "mxfp8", "nvfp4", "fp8_current", "none"],
+        help="how the mixture of experts quantizes its products (default: fp8_block)",
+    )
     for name, meaning in (
         ("steps", "training steps of each run"),
         ("layers", "decoder layers"),
         ("hidden", "width of the model; a multiple of 64"),
         ("seq", "bytes of text in a sequence"),
         ("batch", "sequences in a step"),
+        ("experts", "experts of each layer"),
+        ("top-k", "experts that each token goes to"),
         ("keep-last", "layers at the end whose saved tensors stay"),
     ):
         parser.add_argument(f"--{name}", type=_positive if name != "keep-last" else _count, metavar="N", help=meaning)
@@ -94,8 +107,12 @@ def _count(text: str) -> int:
 
 
 def _sizes_table() -> str:
-    names = ("steps", "layers", "hidden", "seq", "batch", "keep_last")
-    lines = ["sizes, unless given:", "  " + " " * 8 + "".join(f"{name:>10}" for name in names)]
-    for preset, sizes in PRESETS.items():
-        lines.append(f"  {preset:<8}" + "".join(f"{getattr(sizes, name):>10}" for name in names))
+    names = ("steps", "layers", "hidden", "seq", "batch", "experts", "top_k", "keep_last")
+    lines = ["sizes, unless given:", "  " + " " * 13 + "".join(f"{name:>10}" for name in names)]
+    for model, presets in PRESETS.items():
+        for preset, sizes in presets.items():
+            figures = [
+                "–" if model == "dense" and name in ("experts", "top_k") else getattr(sizes, name) for name in names
+            ]
+            lines.append(f"  {model:<6}{preset:<7}" + "".join(f"{figure:>10}" for figure in figures))
     return "\n".join([*lines, f"seed, unless given: {DemoConfig.seed}"])

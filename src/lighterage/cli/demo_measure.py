@@ -73,6 +73,45 @@ class StepClock:
         self.mark()
 
 
+class SavedAllocations(contextlib.AbstractContextManager["SavedAllocations"]):
+    """Counts, without an offloader, the allocations that autograd saves in `layers` and that are worth moving.
+
+    Those of parameters and buffers, and those of less than `min_bytes`, are not.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[nn.Module], min_bytes: int) -> None:
+        self._layers = list(layers)
+        self._min_bytes = min_bytes
+        self._resident = {tensor.untyped_storage()._cdata for tensor in [*model.parameters(), *model.buffers()]}
+        self._found: set[int] = set()
+        self._inside = False
+        self._stack = contextlib.ExitStack()
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return len(self._found)
+
+    def __enter__(self) -> Self:
+        for layer in self._layers:
+            self._stack.callback(layer.register_forward_pre_hook(lambda *_: self._enter(True)).remove)
+            self._stack.callback(layer.register_forward_hook(lambda *_: self._enter(False)).remove)
+        self._stack.enter_context(torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def _enter(self, inside: bool) -> None:
+        self._inside = inside
+
+    def _note(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if self._inside and storage.nbytes() >= self._min_bytes and storage._cdata not in self._resident:
+            self._found.add(storage._cdata)
+        return tensor.detach()  # holding an output itself would make a cycle
+
+
 class LiveBytes(TorchDispatchMode):
     """Samples, after every operation of one step, the bytes of the tensors that came up in the step and still live.
 

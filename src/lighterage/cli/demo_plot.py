@@ -38,6 +38,7 @@ def draw(plain: RunResult, moved: RunResult, *, path: Path, title: str) -> None:
             ha="center",
             color=color,
             fontweight="bold",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
         )
     axes.set_title(title, fontsize=11)
     axes.set_xlabel("time in the step: forward, then backward (ms)")

@@ -36,8 +36,21 @@ def choose(args: argparse.Namespace) -> DemoConfig:
         raise ValueError(f"--device {device}: the demo runs on cpu and cuda.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no CUDA device here. Leave --device out to use the CPU.")
-    preset = PRESETS["quick" if args.quick else "gpu" if kind == "cuda" else "cpu"]
-    names = ("steps", "layers", "hidden", "seq", "batch", "keep_last", "seed", "tier", "out")
+    preset = PRESETS[args.model]["quick" if args.quick else "gpu" if kind == "cuda" else "cpu"]
+    names = (
+        "recipe",
+        "steps",
+        "layers",
+        "hidden",
+        "seq",
+        "batch",
+        "experts",
+        "top_k",
+        "keep_last",
+        "seed",
+        "tier",
+        "out",
+    )
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
     return dataclasses.replace(preset, device=device, **given)
 
@@ -50,8 +63,7 @@ def run(config: DemoConfig) -> int:
     text = standard_library_text()
     console.print(
         f"Training on {len(text) / _MIB:.1f} MiB of Python's standard library, on {_device_name(config)}: "
-        f"{config.layers} layers, width {config.hidden}, {config.batch} × {config.seq} bytes a step, "
-        f"{config.steps} steps, seed {config.seed}.",
+        f"{_model_name(config)}, {config.batch} × {config.seq} bytes a step, {config.steps} steps, seed {config.seed}.",
         highlight=False,
     )
     results: list[RunResult] = []
@@ -72,7 +84,7 @@ def run(config: DemoConfig) -> int:
     console.print()
     console.print(_table(plain, moved, differences))
     console.print(f"Activation bytes over time: {figure}", highlight=False, soft_wrap=True)
-    failures = [*differences, *_not_freed(plain, moved)]
+    failures = [*differences, *_not_freed(plain, moved), *_too_many_copies(plain, moved)]
     for failure in failures:
         console.print(f"FAILED: {failure}", style="bold red", markup=False, highlight=False, soft_wrap=True)
     if not failures:
@@ -111,6 +123,14 @@ def _not_freed(plain: RunResult, moved: RunResult) -> list[str]:
             f"{moved.peak_bytes / _MIB:.1f} MiB at the peak with offload and {plain.peak_bytes / _MIB:.1f} MiB without."
         ]
     return []
+
+
+def _too_many_copies(plain: RunResult, moved: RunResult) -> list[str]:
+    assert moved.stats is not None and plain.num_allocations is not None, "only the second run has an offloader"
+    copies = max(moved.stats.copies_out, moved.stats.copies_in)
+    if copies <= plain.num_allocations:
+        return []
+    return [f"{copies} copies were made one way, for {plain.num_allocations} allocations to move."]
 
 
 @contextlib.contextmanager
@@ -157,6 +177,7 @@ def _table(plain: RunResult, moved: RunResult, differences: list[str]) -> Table:
     table.add_row("activation bytes on the device, peak", _mib(plain.peak_bytes), _mib(moved.peak_bytes))
     table.add_row("of that, freed", "", f"{1 - moved.peak_bytes / plain.peak_bytes:.1%}")
     table.add_row("bytes moved a step, out / in", "", f"{_mib(stats.bytes_out)} / {_mib(stats.bytes_in)}")
+    table.add_row("buffers saved a step by layers that move", f"{plain.num_allocations}", "")
     table.add_row("copies a step, out / in", "", f"{stats.copies_out} / {stats.copies_in}")
     table.add_row("saved by autograd a step", "", f"{_mib(stats.saved_bytes)} ({_mib(stats.unique_bytes)} unique)")
     table.add_section()
@@ -173,6 +194,7 @@ def _as_json(config: DemoConfig, plain: RunResult, moved: RunResult, differences
             "losses": result.losses,
             "step_ms": result.step_ms,
             "peak_bytes": result.peak_bytes,
+            "num_allocations": result.num_allocations,
             "weights": result.weights,
             "stats": None if result.stats is None else dataclasses.asdict(result.stats),
         }
@@ -197,9 +219,16 @@ def _device_name(config: DemoConfig) -> str:
 def _figure_title(config: DemoConfig) -> str:
     return (
         f"Activations of one training step on {_device_name(config)}\n"
-        f"{config.layers} layers, width {config.hidden}, {config.batch} × {config.seq} tokens, "
-        f"last {config.keep_last} kept"
+        f"{_model_name(config)}, {config.batch} × {config.seq} tokens, last {config.keep_last} kept"
     )
+
+
+def _model_name(config: DemoConfig) -> str:
+    name = f"{config.layers} layers, width {config.hidden}"
+    if config.model == "dense":
+        return name
+    recipe = "" if config.recipe == "none" else f", {config.recipe}"
+    return f"{name}, {config.experts} experts of which {config.top_k} a token{recipe}"
 
 
 def _mib(nbytes: int) -> str:

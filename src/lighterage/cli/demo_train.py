@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import lighterage
 from lighterage.cli.demo_config import DemoConfig
-from lighterage.cli.demo_measure import LiveBytes, StepClock, over_time
+from lighterage.cli.demo_measure import LiveBytes, SavedAllocations, StepClock, over_time
 from lighterage.cli.demo_model import Decoder
+from lighterage.cli.demo_moe import MoEDecoder
 from lighterage.cli.demo_text import batches
 
 
@@ -46,6 +47,9 @@ class RunResult:
     live_bytes: list[int]
     """Bytes of activations and temporaries on the device, after every operation of one step."""
 
+    num_allocations: int | None
+    """Without offload: allocations worth moving that one step saved in the layers whose saved tensors are to move."""
+
     stats: lighterage.OffloadStats | None
     """Of the last timed step, with offload."""
 
@@ -61,9 +65,10 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
     """Train `config.steps` steps from `config.seed`, and call `on_step(step, loss)` after each."""
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    model = Decoder(layers=config.layers, width=config.hidden, tokens=config.seq)
-    model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    model = _make(config).to(device, _dtype(config))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    moving = list(model.layers)[: config.layers - config.keep_last]
+    saved = SavedAllocations(model, moving, lighterage.Policy.min_bytes)
     clock = StepClock(list(model.layers), device)
     live: LiveBytes | None = None
     losses: list[float] = []
@@ -88,7 +93,8 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
             live = LiveBytes(clock, device, [*_resident(model, optimizer), text_BT, next_BT]) if watched else None
             start = time.perf_counter()
             with live or contextlib.nullcontext(), clock.step():
-                loss = model(text_BT, next_BT)
+                with saved if step == 0 and not offload else contextlib.nullcontext():
+                    loss = model(text_BT, next_BT)
                 clock.mark()
                 loss.backward()
             step_peak = _end_peak(device, base)
@@ -119,9 +125,28 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
         peak_bytes=peak_bytes,
         times_ms=times_ms,
         live_bytes=live_bytes,
+        num_allocations=None if offload else saved.count,
         stats=stats,
         report=report,
     )
+
+
+def _make(config: DemoConfig) -> Decoder | MoEDecoder:
+    if config.model == "dense":
+        return Decoder(layers=config.layers, width=config.hidden, tokens=config.seq)
+    return MoEDecoder(
+        layers=config.layers,
+        width=config.hidden,
+        tokens=config.seq,
+        experts=config.experts,
+        top_k=config.top_k,
+        recipe=config.recipe,
+    )
+
+
+def _dtype(config: DemoConfig) -> torch.dtype:
+    on_cpu = torch.device(config.device).type == "cpu"
+    return torch.float32 if on_cpu and config.model == "dense" else torch.bfloat16
 
 
 def digest(tensor: Tensor) -> str:
