@@ -17,6 +17,7 @@ buffer for each direction, that can be taken away and brought back as a whole.
 """
 
 from lighterage.formats.bulk import split_quantize
+from lighterage.formats.capacity import BulkCapacity, bulk_capacity
 from lighterage.formats.dequantize import dequantize_group
 from lighterage.formats.fp8_block import Float8BlockQuantizer, Float8BlockTensor
 from lighterage.formats.fp8_tensor import Float8CurrentScalingQuantizer, Float8Tensor
@@ -28,6 +29,7 @@ from lighterage.formats.splits import Splits
 from lighterage.formats.subviews import SubviewInfo, get_columnwise_subview_info, restore_columnwise_subviews
 
 __all__ = [
+    "BulkCapacity",
     "BulkLayout",
     "Float8BlockQuantizer",
     "Float8BlockTensor",
@@ -41,6 +43,7 @@ __all__ = [
     "Splits",
     "SubviewInfo",
     "ViewSpec",
+    "bulk_capacity",
     "bulk_layout",
     "dequantize_group",
     "get_columnwise_subview_info",
