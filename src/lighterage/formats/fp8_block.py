@@ -190,7 +190,7 @@ class Float8BlockQuantizer:
             power_of_2=self.power_of_2_scale,
             epsilon=self.amax_epsilon,
             block_2d=self.block_2d,
-            **({"swiglu": True} if swiglu else {}),
+            swiglu=swiglu,
         )
 
     def draw_seed(self) -> int | None:

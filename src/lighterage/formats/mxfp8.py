@@ -144,5 +144,5 @@ class MXFP8Quantizer:
             columnwise_buffer,
             num_splits=num_splits,
             fp8_dtype=self.fp8_dtype,
-            **({"swiglu": True} if swiglu else {}),
+            swiglu=swiglu,
         )

@@ -202,5 +202,5 @@ class NVFP4Quantizer:
             block_2d=self.with_2d_quantization,
             stochastic_rounding=self.stochastic_rounding,
             seed=seed or 0,
-            **({"swiglu": True} if swiglu else {}),
+            swiglu=swiglu,
         )
