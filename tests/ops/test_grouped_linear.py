@@ -404,7 +404,7 @@ def test_double_backward_is_refused() -> None:
         ({"m_splits": [32, 16]}, ValueError, "add up"),
         ({"m_splits": [96, -32]}, ValueError, "negative"),
         ({"m_splits": [64]}, ValueError, "each of the 2 experts"),
-        ({"m_splits": [24, 40]}, ValueError, r"multiples of 16.*plan_permutation"),
+        ({"m_splits": [24, 40]}, ValueError, r"multiples of 16.*pad_rows"),
         ({"m_splits": torch.tensor([0.5, 0.5])}, TypeError, "integers"),
         ({"x": torch.zeros(64, 48)}, ValueError, "64 input features"),
         ({"x": torch.zeros(64, K, dtype=torch.int32)}, TypeError, "bf16"),

@@ -207,7 +207,7 @@ def test_autocast_casts_the_input_and_leaves_master_weights(name: str) -> None:
     [
         ({"m_splits": [32, 16]}, ValueError, "add up"),
         ({"m_splits": [64]}, ValueError, "each of the 2 experts"),
-        ({"m_splits": [24, 40]}, ValueError, r"multiples of 16.*plan_permutation"),
+        ({"m_splits": [24, 40]}, ValueError, r"multiples of 16.*pad_rows"),
         ({"w1": torch.zeros(2, 48, H, dtype=torch.bfloat16)}, ValueError, "w1"),
         ({"w2": torch.zeros(2, H, F)}, TypeError, "one dtype"),
         ({"probs": torch.ones(3)}, ValueError, "probs"),

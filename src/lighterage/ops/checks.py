@@ -69,8 +69,8 @@ def checked_splits(
     expert = next(i for i, size in enumerate(sizes) if size % recipe.row_multiple)
     raise ValueError(
         f"{type(recipe).__name__} needs the rows of every expert in multiples of {recipe.row_multiple}; got "
-        f"{sizes[expert]} for expert {expert}. Pad each expert's rows, as lighterage.ops.plan_permutation(..., "
-        f"alignment={recipe.alignment}) plans it for a mixture of experts."
+        f"{sizes[expert]} for expert {expert}. Pad them: x, m_splits = "
+        f"lighterage.ops.pad_rows(x, m_splits, {recipe.alignment})."
     )
 
 
