@@ -58,6 +58,19 @@ def test_values_and_gradients_are_near_those_of_float64(name: str, num_experts: 
         assert cases.error(value, right) < cases.ERRORS[name]
 
 
+def test_the_grouped_kernel_reads_the_buffers_that_came_back() -> None:
+    """With the interpreter on a CPU: no member of a group is made, so the buffers are all that there is."""
+    x, w, b = _inputs(2, 48)
+    moved = torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor.clone())
+    results = []
+    for backend in ("reference", "triton"):
+        with moved:
+            y = grouped_linear(x, w, [16, 32], bias=b, recipe=QUANTIZED["fp8_block"], backend=backend)  # type: ignore[arg-type]
+        results.append(_backward(y, x, w, b))
+    for reference, got in zip(*results, strict=True):
+        assert cases.error(got, reference) < 0.005
+
+
 @EVERY
 def test_experts_without_rows_have_zero_gradients(name: str) -> None:
     x, w, b = _inputs(4, 64)

@@ -55,7 +55,8 @@ class GroupedProducts:
         if isinstance(self.recipe, Float8CurrentScaling):
             return quantize_rows(x_MK, self.recipe, role, rowwise=rowwise, columnwise=columnwise)
         quantizer = self.recipe.quantizer(role, rowwise=rowwise, columnwise=columnwise, seed=self.seed)
-        return split_quantize(x_MK, self.splits, [quantizer] * self.splits.num_splits)[0]
+        tensors, _ = split_quantize(x_MK, self.splits, [quantizer] * self.splits.num_splits)
+        return tensors
 
     def activated_rows(
         self, h_MK2: torch.Tensor, probs_M: torch.Tensor | None, *, rowwise: bool, columnwise: bool
@@ -65,7 +66,8 @@ class GroupedProducts:
             return self.rows(swiglu_activation(h_MK2, probs_M), "input", rowwise=rowwise, columnwise=columnwise)
         quantizer = self.recipe.quantizer("input", rowwise=rowwise, columnwise=columnwise)
         quantizers = [quantizer] * self.splits.num_splits
-        return split_quantize(h_MK2, self.splits, quantizers, activation="swiglu")[0]
+        tensors, _ = split_quantize(h_MK2, self.splits, quantizers, activation="swiglu")
+        return tensors
 
     def weight(self, w_ENK: torch.Tensor, *, columnwise: bool) -> Operand:
         """The stacked weights, rowwise, and columnwise if the input's gradient will be needed."""
@@ -76,7 +78,8 @@ class GroupedProducts:
         num_experts, num_rows = w_ENK.shape[:2]
         quantizer = self.recipe.quantizer("weight", rowwise=True, columnwise=columnwise)
         splits = _even_splits(num_experts, num_rows, w_ENK.device)
-        return split_quantize(w_ENK.flatten(0, 1), splits, [quantizer] * num_experts)[0]
+        tensors, _ = split_quantize(w_ENK.flatten(0, 1), splits, [quantizer] * num_experts)
+        return tensors
 
     def forward(self, x: Operand, w: Operand, bias_EN: torch.Tensor | None, out_dtype: torch.dtype) -> torch.Tensor:
         """y = x w^T + bias, (M, N)."""
