@@ -11,6 +11,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
+from lighterage.ops.checks import without_autocast
+
 Score = Literal["softmax", "sigmoid"]
 
 
@@ -27,7 +29,7 @@ class Routing:
 
 
 def router_logits(x: Tensor, weight: Tensor) -> Tensor:
-    """x weight^T in float32, whatever the dtype of x; it is x itself that is saved, not its float32 copy.
+    """x weight^T in float32, whatever the dtype of x and autocast; x itself is saved, not its float32 copy.
 
     x: (T, H). weight: (E, H) of any floating dtype. Returns float32 (T, E).
     """
@@ -133,11 +135,13 @@ class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
         ctx.save_for_backward(x_TH, weight_EH)
-        return x_TH.float() @ weight_EH.float().t()
+        with without_autocast(x_TH.device):
+            return x_TH.float() @ weight_EH.float().t()
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TH, weight_EH = ctx.saved_tensors
-        dx_TH = (grad_TE @ weight_EH.float()).to(x_TH.dtype) if ctx.needs_input_grad[0] else None
-        dweight_EH = (grad_TE.t() @ x_TH.float()).to(weight_EH.dtype) if ctx.needs_input_grad[1] else None
+        with without_autocast(x_TH.device):
+            dx_TH = (grad_TE @ weight_EH.float()).to(x_TH.dtype) if ctx.needs_input_grad[0] else None
+            dweight_EH = (grad_TE.t() @ x_TH.float()).to(weight_EH.dtype) if ctx.needs_input_grad[1] else None
         return dx_TH, dweight_EH
