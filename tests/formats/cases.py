@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -41,3 +43,15 @@ def same_codes(a: torch.Tensor, b: torch.Tensor) -> bool:
         and a.dtype == b.dtype
         and all(bytes_equal(getattr(a, name), getattr(b, name)) for name in type(a).FIELDS)  # type: ignore[attr-defined]
     )
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Any operation that makes the host wait for the device is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch says that it may miss some
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

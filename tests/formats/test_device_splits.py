@@ -22,7 +22,7 @@ from lighterage.formats import (
     split_quantize,
 )
 from lighterage.formats.capacity import bulk_capacity
-from tests.formats.cases import ALL, BULK, bytes_equal, same_codes
+from tests.formats.cases import ALL, BULK, bytes_equal, no_waiting, same_codes
 from tests.kernels.inputs import make_input
 
 SIZES = [64, 0, 32]
@@ -168,15 +168,12 @@ def test_the_host_never_waits_for_sizes_on_the_device(name: str, dtype: torch.dt
     x = make_input("wide", 600, 160, torch.bfloat16).cuda()
     sizes = torch.tensor([256, 0, 96, 128], dtype=dtype, device="cuda")
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         tensors, buffers = split_quantize(x, sizes, [BULK[name]()] * 4)
         info = get_columnwise_subview_info(tensors, buffers[1])
         tensors.update_usage(rowwise_usage=False, columnwise_usage=False)
         restore_columnwise_subviews(tensors, buffers[1].clone(), info)
         again = tensors.with_buffers(columnwise=buffers[1])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     wanted, _ = split_quantize(x[:480], [256, 0, 96, 128], [BULK[name](rowwise=False)] * 4, backend="reference")
     for group in (tensors, again):
         for a, b in zip(group, wanted, strict=True):

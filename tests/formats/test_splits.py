@@ -12,6 +12,7 @@ import torch
 
 from lighterage.formats import Splits
 from lighterage.formats import splits as splits_module
+from tests.formats.cases import no_waiting
 
 CPU = torch.device("cpu")
 
@@ -110,14 +111,11 @@ def test_docstring_examples_run() -> None:
 def test_the_host_never_waits_and_reads_no_size_from_the_device() -> None:
     sizes = torch.tensor([3, 0, 2], device="cuda", dtype=torch.int32)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waiting():
         splits = Splits.of(sizes, 8, torch.device("cuda"))
         known = Splits.of([3, 0, 5], 8, splits.device)
         assert (splits.host, splits.num_splits, str(splits.device)) == (None, 3, "cuda:0")
         ends = splits.ends_int32
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert ends.tolist() == [3, 3, 5] and known.ends.tolist() == [3, 3, 8] and splits.sizes == (3, 0, 2)
     assert Splits.of(sizes.cpu(), 5, splits.device).host == (3, 0, 2)
     with pytest.raises(ValueError, match="on the CPU or on cpu, where the rows are; got cuda:0"):

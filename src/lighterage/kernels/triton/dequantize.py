@@ -134,7 +134,7 @@ def _fp8_tile(
 
 
 @triton.jit
-def _fp8_transposed_tile(
+def _fp8_words_tile(
     data,
     factor,
     out,
@@ -146,22 +146,33 @@ def _fp8_transposed_tile(
     TILE_M: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """Codes (K, rows): by words of 4 rows where rows of the codes begin at whole words, otherwise one by one."""
-    column = (offs_k < NUM_COLS)[:, None]
-    if rows % 16 == 0:
-        row_words = rows // 16 * 4
-        offs_word = row_0 // 4 + tl.arange(0, TILE_M // 4)
-        mask = column & (offs_word < row_words)[None, :]
-        pointers = data.to(tl.pointer_type(tl.uint32)) + offs_k.to(tl.int64)[:, None] * row_words + offs_word[None, :]
-        words = tl.trans(tl.load(pointers, mask=mask, other=0))
-        for r in tl.static_range(4):
-            values = _fp8_value(((words >> (8 * r)) & 0xFF).to(tl.uint8), E5M2, HARDWARE)
-            _store(out, offs_word * 4 + r, rows, offs_k, values * factor, NUM_COLS, HARDWARE)
-    else:
-        row = row_0 + tl.arange(0, TILE_M)
-        pointers = data + offs_k.to(tl.int64)[:, None] * rows + row[None, :]
-        code = tl.trans(tl.load(pointers, mask=column & (row < rows)[None, :], other=0))
-        _store(out, row, rows, offs_k, _fp8_value(code, E5M2, HARDWARE) * factor, NUM_COLS, HARDWARE)
+    """Codes (K, rows), where rows are a multiple of 16, by words of 4 rows."""
+    row_words = rows // 16 * 4
+    offs_word = row_0 // 4 + tl.arange(0, TILE_M // 4)
+    mask = (offs_k < NUM_COLS)[:, None] & (offs_word < row_words)[None, :]
+    pointers = data.to(tl.pointer_type(tl.uint32)) + offs_k.to(tl.int64)[:, None] * row_words + offs_word[None, :]
+    words = tl.trans(tl.load(pointers, mask=mask, other=0))
+    for r in tl.static_range(4):
+        values = _fp8_value(((words >> (8 * r)) & 0xFF).to(tl.uint8), E5M2, HARDWARE)
+        _store(out, offs_word * 4 + r, rows, offs_k, values * factor, NUM_COLS, HARDWARE)
+
+
+@triton.jit
+def _fp8_transposed_tile(
+    data,
+    factor,
+    out,
+    row,
+    offs_k,
+    rows,
+    NUM_COLS: tl.constexpr,
+    E5M2: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Codes (K, rows), where rows of the codes begin at any byte, one by one."""
+    pointers = data + offs_k.to(tl.int64)[:, None] * rows + row[None, :]
+    code = tl.trans(tl.load(pointers, mask=(offs_k < NUM_COLS)[:, None] & (row < rows)[None, :], other=0))
+    _store(out, row, rows, offs_k, _fp8_value(code, E5M2, HARDWARE) * factor, NUM_COLS, HARDWARE)
 
 
 @triton.jit
@@ -322,7 +333,10 @@ def _dequantize_kernel(
             scales, tile, k_tile, row, offs_k, rows, FORMAT, NUM_COLS, COLUMNWISE, BLOCK_2D, TILE_M, TILE_K
         )
         if COLUMNWISE and FORMAT == "fp8_block":
-            _fp8_transposed_tile(buffer + offset, factor, out, row_0, offs_k, rows, NUM_COLS, E5M2, TILE_M, HARDWARE)
+            if rows % 16 == 0:
+                _fp8_words_tile(buffer + offset, factor, out, row_0, offs_k, rows, NUM_COLS, E5M2, TILE_M, HARDWARE)
+            else:
+                _fp8_transposed_tile(buffer + offset, factor, out, row, offs_k, rows, NUM_COLS, E5M2, HARDWARE)
         else:
             _fp8_tile(buffer + offset, factor, out, row, offs_k, rows, NUM_COLS, E5M2, HARDWARE)
 
