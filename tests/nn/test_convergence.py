@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from tests.nn.layers import RECIPES, Stack, sparse
 
 STEPS, TOKENS, BATCH = 200, 32, 8
-DISTANCE = {"fp8_block": 0.05, "mxfp8": 0.05, "fp8_current": 0.05, "nvfp4": 0.25}
+DISTANCE = {"fp8_block": 0.05, "mxfp8": 0.05, "fp8_current": 0.05, "nvfp4": 0.1}
 """How far from bf16's loss, in nats, each may end. The loss begins near 3.5 and the best possible one is 1.7."""
 
 
