@@ -252,19 +252,18 @@ def _with_sign(code, bits):
 def e2m1_code(x, HARDWARE: tl.constexpr):
     """fp32 to the uint32 code of the nearest E2M1 value (ties to even): saturating, -0 is 8 and NaN is 7.
 
-    The steps of E2M1 are 0.5 below 2, 1 below 4 and 2 above. Adding 2^22, 2^23 or 2^24 leaves room for just that step,
-    so that the addition itself rounds, once. These constants also carry 0, 2 or 4 in their last bits, an even number,
-    with which the last bits of the sum are the code.
+    The steps of E2M1 are 0.5 below 2, 1 below 4 and 2 above. Adding 2^22 times the power of two leaves room for just
+    that step, so that the addition itself rounds, once. The last bits of the sum count steps from that power of two;
+    two more steps, and twice the exponent with its bias of 127, make them the code modulo 8.
     """
     limited = tl.minimum(tl.abs(x), 6.0)  # of NaN and 6: 6
     bits = x.to(tl.uint32, bitcast=True)
     if not HARDWARE:
         limited = tl.where(x == x, limited, 6.0)
         bits = tl.where(x == x, bits, 0)  # on the device a product that is NaN has no sign
-    exponent_bits = tl.maximum(limited, 1.0).to(tl.int32, bitcast=True) & _INF_BITS
-    step = (exponent_bits + (exponent_bits >> 22) + ((22 << 23) - 254)).to(tl.float32, bitcast=True)
-    rounded = (limited + step).to(tl.uint32, bitcast=True)
-    return _with_sign(rounded, bits)
+    power_bits = tl.maximum(limited, 1.0).to(tl.uint32, bitcast=True) & _INF_BITS
+    rounded = tl.fma(power_bits.to(tl.float32, bitcast=True), 4194305.0, limited)  # 2^22 + 1: a product without error
+    return _with_sign(rounded.to(tl.uint32, bitcast=True) + (power_bits >> 22), bits)
 
 
 @triton.jit

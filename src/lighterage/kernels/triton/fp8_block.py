@@ -33,7 +33,15 @@ from lighterage.kernels.triton.casts import (
     magnitude,
     widen,
 )
-from lighterage.kernels.triton.launch import check_group, has_fp8_casts, input_max, on_device_of, quantized_shape
+from lighterage.kernels.triton.launch import (
+    check_group,
+    either,
+    has_fp8_casts,
+    input_max,
+    launch,
+    on_device_of,
+    quantized_shape,
+)
 from lighterage.kernels.triton.splits import data_offset, find_split_and_units, num_slots, padded_splits
 from lighterage.kernels.triton.swiglu import load_input
 
@@ -116,8 +124,8 @@ def _store_unaligned(data, words, num_bytes, rows, offs_k, NUM_COLS: tl.constexp
     last boundary are stored as words. Those bytes, at most 3 at each end, share a word with a neighbouring tile.
     """
     words = words.to(tl.uint32, bitcast=True)
-    begin = tl.arange(0, 128).to(tl.int64) * rows
-    shift = ((data.to(tl.int64) + begin) & 3).to(tl.int32)
+    begin = tl.arange(0, 128) * rows
+    shift = (data.to(tl.int64).to(tl.int32) + begin) & 3
     bits = (shift * 8)[:, None]
     word = tl.arange(0, 32)[None, :]
     before = tl.gather(words, tl.broadcast_to(tl.maximum(word - 1, 0), [128, 32]), 1)
@@ -188,7 +196,9 @@ def _quantize_columns(
         scale_inv = tl.broadcast_to(scale_inv[None, :, :, :], [8, 4, WARPS, COLS])
         if NUM_COLS % 128 != 0:
             scale_inv = tl.where(offs_4d < NUM_COLS, scale_inv, 0.0)
-        mask = (first_row == 0) & (offs_4d < K_PADDED)
+        mask = first_row + col * 0 == 0
+        if NUM_COLS % 128 != 0:
+            mask = mask & (offs_4d < K_PADDED)
         tl.store(scales + tile.to(tl.int64) * K_PADDED + offs_4d, scale_inv, mask=mask)
     packed = ()
     for r in tl.static_range(0, 16, 4):
@@ -199,9 +209,12 @@ def _quantize_columns(
         packed = packed + (fp8_codes_packed(x0, x1, x2, x3, E5M2, HARDWARE),)
     words = tl.join(tl.join(packed[0], packed[2]), tl.join(packed[1], packed[3]))
     words = tl.reshape(words, [8, 4, WARPS, COLS, 4])
+    mask_16 = rows_left > 0
+    if NUM_COLS % 128 != 0:
+        mask_16 = mask_16 & (offs_k < NUM_COLS)
     data += k_block.to(tl.int64) * 128 * rows + tile * 128
     if rows % 16 == 0:
-        _store_aligned(data, words, col, first_row, rows, (rows_left > 0) & (offs_k < NUM_COLS))
+        _store_aligned(data, words, col, first_row, rows, mask_16)
     else:
         words_128x32 = tl.reshape(tl.permute(words, (2, 1, 3, 0, 4)), [128, 32])
         num_bytes = tl.minimum(rows - tile * 128, 128)
@@ -304,7 +317,7 @@ def split_quantize_fp8_block(
     """Quantize every split of `x` into the bulk buffers, in one launch on the current stream.
 
     Args:
-        x: (M, K) contiguous bf16, fp16 or fp32. Rows past the last split are ignored.
+        x: (M, K) contiguous bf16, fp16 or fp32, M below 2^24. Rows past the last split are ignored.
         ends: int64 (num_splits,): the rows up to and including each split, read on the device.
         rowwise_buffer: uint8 bulk buffer of the rowwise direction, or None.
         columnwise_buffer: uint8 bulk buffer of the columnwise (transposed) direction, or None.
@@ -316,6 +329,8 @@ def split_quantize_fp8_block(
         swiglu: x is (M, 2K), K gates before K ups, and what is quantized is `kernels.triton.swiglu.swiglu(x)`.
         num_warps: 4, 8 or 16. max_registers: of a thread; None for what is fastest. They change speed alone.
 
+    Raises: ValueError: on arguments that the kernel would misread.
+
     Source: Transformer Engine 2.20, common/transpose/quantize_transpose_vector_blockwise.cu and
         quantize_transpose_square_blockwise.cu; docs/formats.md has the layout.
     """
@@ -323,30 +338,29 @@ def split_quantize_fp8_block(
     num_rows, num_cols = quantized_shape(x, swiglu)
     if num_rows == 0 or num_cols == 0 or num_splits == 0:
         return
-    if max_registers is None:  # three programs of 8 warps on a multiprocessor, where the values leave room for it
-        max_registers = 80 if x.element_size() == 2 and not swiglu else 128
-    grid = (num_slots(num_rows, num_splits, 128) * -(-num_cols // 128),)
-    rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
-    with on_device_of(x):
-        _split_quantize_kernel[grid](
-            x,
-            ends,
-            rowwise_buffer if rowwise else columnwise_buffer,
-            columnwise_buffer if columnwise else rowwise_buffer,
-            epsilon,
-            num_splits,
-            NUM_COLS=num_cols,
-            ROWWISE=rowwise,
-            COLUMNWISE=columnwise,
-            E5M2=fp8_dtype == torch.float8_e5m2,
-            POWER_OF_2=power_of_2,
-            INPUT_MAX=input_max(x.dtype),
-            BLOCK_2D=block_2d,
-            SWIGLU=swiglu,
-            LANES=padded_splits(num_splits),
-            WARPS=num_warps,
-            HARDWARE=has_fp8_casts(x.device.index),
-            num_warps=num_warps,
-            maxnreg=max_registers,
-            enable_fp_fusion=False,
+    if num_rows >= 1 << 24:
+        raise ValueError(
+            f"The FP8 block kernel takes fewer than 2^24 rows; got {num_rows}. Quantize them in two groups."
         )
+    if max_registers is None:  # three programs of 8 warps on a multiprocessor, where the values leave room for it
+        max_registers = 80 if x.element_size() == 2 else 128
+    grid = num_slots(num_rows, num_splits, 128) * -(-num_cols // 128)
+    rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
+    row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
+    constants = {
+        "NUM_COLS": num_cols,
+        "ROWWISE": rowwise,
+        "COLUMNWISE": columnwise,
+        "E5M2": fp8_dtype == torch.float8_e5m2,
+        "POWER_OF_2": power_of_2,
+        "INPUT_MAX": input_max(x.dtype),
+        "BLOCK_2D": block_2d,
+        "SWIGLU": swiglu,
+        "LANES": padded_splits(num_splits),
+        "WARPS": num_warps,
+        "HARDWARE": has_fp8_casts(x.device.index),
+    }
+    pointers = (x, ends, row_buffer, col_buffer)
+    numbers = (float(epsilon), num_splits)
+    with on_device_of(x):
+        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)

@@ -36,7 +36,7 @@ from lighterage.kernels.triton.casts import (
     widen,
     without_nan,
 )
-from lighterage.kernels.triton.launch import check_group, has_fp8_casts, on_device_of, quantized_shape
+from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
 from lighterage.kernels.triton.splits import (
     data_offset,
     find_split_and_units,
@@ -455,53 +455,39 @@ def split_quantize_nvfp4(
     amax_programs = max(1, -(-num_groups // groups_per_program))
     num_partials = amax_programs + num_splits
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
+    row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
     hadamard = hadamard and columnwise
     lanes, hardware = padded_splits(num_splits), has_fp8_casts(x.device.index)
     partials = torch.empty(num_partials * (2 if hadamard else 1), dtype=torch.float32, device=x.device)
+    constants = {
+        "NUM_COLS": num_cols,
+        "HADAMARD": hadamard,
+        "SWIGLU": swiglu,
+        "LANES": lanes,
+        "TILE_K": min(amax_tile_k, triton.next_power_of_2(num_cols)),
+        "HARDWARE": hardware,
+    }
+    pointers = (x, ends, partials)
+    numbers = (num_splits, num_groups, groups_per_program, num_partials)
     with on_device_of(x):
-        _amax_kernel[(amax_programs,)](
-            x,
-            ends,
-            partials,
-            num_splits,
-            num_groups,
-            groups_per_program,
-            num_partials,
-            NUM_COLS=num_cols,
-            HADAMARD=hadamard,
-            SWIGLU=swiglu,
-            LANES=lanes,
-            TILE_K=min(amax_tile_k, triton.next_power_of_2(num_cols)),
-            HARDWARE=hardware,
-            num_warps=amax_warps,
-            enable_fp_fusion=False,
-        )
+        launch(_amax_kernel, amax_programs, pointers, numbers, constants, num_warps=amax_warps)
     k_tiles = -(-num_cols // tile_k)
-    grid = (num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program),)
+    grid = num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program)
+    constants = {
+        "NUM_COLS": num_cols,
+        "ROWWISE": rowwise,
+        "COLUMNWISE": columnwise,
+        "HADAMARD": hadamard,
+        "BLOCK_2D": block_2d,
+        "STOCHASTIC": stochastic_rounding,
+        "SWIGLU": swiglu,
+        "LANES": lanes,
+        "PARTIALS": max(16, triton.next_power_of_2(amax_programs)),
+        "C": tile_k,
+        "TILES_PER_PROGRAM": tiles_per_program,
+        "HARDWARE": hardware,
+    }
+    pointers = (x, ends, partials, row_buffer, col_buffer)
+    numbers = (num_splits, groups_per_program * 16, num_partials, seed)
     with on_device_of(x):
-        _split_quantize_kernel[grid](
-            x,
-            ends,
-            partials,
-            rowwise_buffer if rowwise else columnwise_buffer,
-            columnwise_buffer if columnwise else rowwise_buffer,
-            num_splits,
-            groups_per_program * 16,
-            num_partials,
-            seed,
-            NUM_COLS=num_cols,
-            ROWWISE=rowwise,
-            COLUMNWISE=columnwise,
-            HADAMARD=hadamard,
-            BLOCK_2D=block_2d,
-            STOCHASTIC=stochastic_rounding,
-            SWIGLU=swiglu,
-            LANES=lanes,
-            PARTIALS=max(16, triton.next_power_of_2(amax_programs)),
-            C=tile_k,
-            TILES_PER_PROGRAM=tiles_per_program,
-            HARDWARE=hardware,
-            num_warps=num_warps,
-            maxnreg=max_registers,
-            enable_fp_fusion=False,
-        )
+        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)
