@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from lighterage.kernels.triton.casts import e4m3_value, narrow
-from lighterage.kernels.triton.launch import has_fp8_casts, on_device_of
+from lighterage.kernels.triton.launch import has_fp8_casts, launch, on_device_of
 from lighterage.kernels.triton.splits import data_offset, num_slots, padded_splits, rows_of_splits
 
 _FORMATS = ("fp8_block", "mxfp8", "nvfp4")
@@ -386,27 +386,22 @@ def dequantize_rows(
     by_words = columnwise and format_name != "mxfp8"
     tile_m = tile_m or (128 if by_words else 32)
     tile_k = tile_k or (128 if by_words or format_name == "fp8_block" else 256)
-    grid = (num_slots(num_rows, num_splits + 1, tile_m) * -(-num_cols // tile_k),)
+    grid = num_slots(num_rows, num_splits + 1, tile_m) * -(-num_cols // tile_k)
+    constants = {
+        "FORMAT": format_name,
+        "NUM_COLS": num_cols,
+        "COLUMNWISE": columnwise,
+        "BLOCK_2D": block_2d and format_name == "fp8_block",
+        "E5M2": fp8_dtype == torch.float8_e5m2,
+        "WITH_AMAX": with_amax,
+        "LANES": padded_splits(num_splits + 1),
+        "TILE_M": tile_m,
+        "TILE_K": tile_k,
+        "HARDWARE": has_fp8_casts(buffer.device.index),
+    }
     with on_device_of(buffer):
-        _dequantize_kernel[grid](
-            buffer,
-            ends,
-            out,
-            num_splits,
-            num_rows,
-            FORMAT=format_name,
-            NUM_COLS=num_cols,
-            COLUMNWISE=columnwise,
-            BLOCK_2D=block_2d and format_name == "fp8_block",
-            E5M2=fp8_dtype == torch.float8_e5m2,
-            WITH_AMAX=with_amax,
-            LANES=padded_splits(num_splits + 1),
-            TILE_M=tile_m,
-            TILE_K=tile_k,
-            HARDWARE=has_fp8_casts(buffer.device.index),
-            num_warps=num_warps or (8 if by_words else 4),
-            enable_fp_fusion=False,
-        )
+        pointers, numbers = (buffer, ends, out), (num_splits, num_rows)
+        launch(_dequantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps or (8 if by_words else 4))
     return out
 
 

@@ -1,7 +1,15 @@
-"""What every launcher asks of its arguments and of the device."""
+"""What every launcher asks of its arguments and of the device, and a way to launch that is short for the host.
+
+Note [What a launch depends on]
+Triton reads every argument and option of a launch anew, to find what it compiled for them: 20 to 30 microseconds for
+the kernels here, more than all else that the host does for a group. What it compiles depends on the constants and
+options, on the pointers' dtypes and whether they are multiples of 16, and on whether an integer needs 64 bits, for
+integers are declared `do_not_specialize`. `launch` keeps what was compiled by just these.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 
@@ -25,6 +33,56 @@ def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     if not x.is_cuda or x.get_device() == torch.cuda.current_device():
         return _AS_IT_IS
     return torch.cuda.device(x.device)
+
+
+_compiled: dict[tuple[object, ...], triton.compiler.CompiledKernel] = {}
+
+
+def launch(
+    kernel: triton.JITFunction,
+    grid: int,
+    pointers: Sequence[torch.Tensor],
+    numbers: Sequence[int | float],
+    constants: Mapping[str, object],
+    *,
+    num_warps: int,
+    maxnreg: int | None = None,
+) -> None:
+    """Launch `grid` programs on the current stream of the current device, where the pointers are.
+
+    kernel: `@triton.jit`, whose parameters are pointers, then numbers that it does not specialize, then constants.
+    numbers: integers of 64 bits or fewer, and floats. constants: by name, in the kernel's order.
+    Multiplications and additions are not fused. Note [What a launch depends on].
+    """
+    key = (
+        kernel.fn,  # hashed by what it is: a kernel's own hash is that of its source
+        pointers[0].get_device(),
+        tuple([(pointer.dtype, pointer.data_ptr() % 16 == 0) for pointer in pointers]),
+        tuple([float if isinstance(number, float) else -(2**31) <= number < 2**31 for number in numbers]),
+        tuple(constants.values()),
+        num_warps,
+        maxnreg,
+    )
+    compiled = _compiled.get(key)
+    if compiled is not None:
+        compiled[(grid, 1, 1)](*pointers, *numbers, *constants.values())
+        return
+    if not triton.knobs.runtime.interpret:
+        num_pointers, num_numbers = len(pointers), len(numbers)
+        assert kernel.arg_names[num_pointers + num_numbers :] == list(constants)
+        of_numbers = zip(kernel.params[num_pointers : num_pointers + num_numbers], numbers, strict=True)
+        assert all(isinstance(number, float) or param.do_not_specialize for param, number in of_numbers)
+    options = {} if maxnreg is None else {"maxnreg": maxnreg}
+    made = kernel[(grid,)](*pointers, *numbers, **constants, **options, num_warps=num_warps, enable_fp_fusion=False)
+    if not triton.knobs.runtime.interpret:
+        _compiled[key] = made
+
+
+def either(wanted: torch.Tensor | None, other: torch.Tensor | None) -> torch.Tensor:
+    """`wanted`, or for a kernel that will not touch it, the other: one of them is there."""
+    buffer = other if wanted is None else wanted
+    assert buffer is not None
+    return buffer
 
 
 def input_max(dtype: torch.dtype) -> float:

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from lighterage.kernels.triton.casts import e8m0_scale, fp8_code, largest_magnitude, magnitude, widen, without_nan
-from lighterage.kernels.triton.launch import check_group, has_fp8_casts, on_device_of, quantized_shape
+from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
 from lighterage.kernels.triton.splits import data_offset, find_split_and_units, num_slots, padded_splits
 from lighterage.kernels.triton.swiglu import load_input
 
@@ -201,23 +201,20 @@ def split_quantize_mxfp8(
     num_rows, num_cols = quantized_shape(x, swiglu)
     if num_rows == 0 or num_cols == 0 or num_splits == 0:
         return
-    grid = (num_slots(num_rows, num_splits, 32) * -(-num_cols // (128 * num_warps)),)
+    grid = num_slots(num_rows, num_splits, 32) * -(-num_cols // (128 * num_warps))
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
+    row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
+    constants = {
+        "NUM_COLS": num_cols,
+        "ROWWISE": rowwise,
+        "COLUMNWISE": columnwise,
+        "E5M2": fp8_dtype == torch.float8_e5m2,
+        "SWIGLU": swiglu,
+        "LANES": padded_splits(num_splits),
+        "WARPS": num_warps,
+        "HARDWARE": has_fp8_casts(x.device.index),
+    }
+    pointers = (x, ends, row_buffer, col_buffer)
+    numbers = (num_splits,)
     with on_device_of(x):
-        _split_quantize_kernel[grid](
-            x,
-            ends,
-            rowwise_buffer if rowwise else columnwise_buffer,
-            columnwise_buffer if columnwise else rowwise_buffer,
-            num_splits,
-            NUM_COLS=num_cols,
-            ROWWISE=rowwise,
-            COLUMNWISE=columnwise,
-            E5M2=fp8_dtype == torch.float8_e5m2,
-            SWIGLU=swiglu,
-            LANES=padded_splits(num_splits),
-            WARPS=num_warps,
-            HARDWARE=has_fp8_casts(x.device.index),
-            num_warps=num_warps,
-            enable_fp_fusion=False,
-        )
+        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps)

@@ -61,7 +61,7 @@ def _load_16_rows(
     SWIGLU: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """16 fp32 tensors [G, C]: tensor r holds rows `first_row + r`. `first_row`: [G]. Zero outside the split."""
+    """16 tensors [G, C]: tensor r holds rows `first_row + r`. `first_row`: [G]. Zero outside the split."""
     STRIDE: tl.constexpr = 2 * NUM_COLS if SWIGLU else NUM_COLS
     mask = (first_row < rows)[:, None]
     if MASK_K:
@@ -69,8 +69,17 @@ def _load_16_rows(
     pointers = x + first_row.to(tl.int64)[:, None] * STRIDE + offs_k[None, :]
     values = ()
     for r in tl.static_range(16):
-        values = values + (widen(load_input(pointers + r * STRIDE, mask, NUM_COLS, SWIGLU, HARDWARE), HARDWARE),)
+        values = values + (load_input(pointers + r * STRIDE, mask, NUM_COLS, SWIGLU, HARDWARE),)
     return values
+
+
+@triton.jit
+def _widen_16(values, HARDWARE: tl.constexpr):
+    """16 tensors as fp32."""
+    wide = ()
+    for r in tl.static_range(16):
+        wide = wide + (widen(values[r], HARDWARE),)
+    return wide
 
 
 @triton.jit
@@ -141,7 +150,8 @@ def _amax_kernel(
                 values = _load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
                 plain = tl.maximum(plain, largest_magnitude(values, HARDWARE))
                 if HADAMARD:
-                    transformed = tl.maximum(transformed, largest_magnitude(_hadamard_16(values, HARDWARE), HARDWARE))
+                    values = _hadamard_16(_widen_16(values, HARDWARE), HARDWARE)
+                    transformed = tl.maximum(transformed, largest_magnitude(values, HARDWARE))
         tl.store(partials + program + split, tl.max(tl.max(plain, 1), 0))
         if HADAMARD:
             tl.store(partials + num_partials + program + split, tl.max(tl.max(transformed, 1), 0))
@@ -242,7 +252,7 @@ def _quantize_tile(
     group = tile * G + tl.arange(0, G)
     offs_k = k_tile * C + tl.arange(0, C)
     first_row = group * 16
-    values = _load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
+    values = _widen_16(_load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, SWIGLU, HARDWARE), HARDWARE)
     row_random = values
     col_random = values
     if STOCHASTIC:
