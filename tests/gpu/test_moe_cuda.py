@@ -96,12 +96,12 @@ def test_same_bits_and_one_copy_each_way(name: str, num_experts: int) -> None:
     """The splits change each step; of 64 experts some may have no token."""
     layers = blocks(name, num_experts=num_experts)
     wanted = [step(layers, seed) for seed in range(3)]
-    with lighterage.offload(layers, keep_last=1, min_bytes=4096) as offloader:
+    with lighterage.offload(layers, keep_last=1) as offloader:
         for seed in range(3):
             assert all(torch.equal(a, b) for a, b in zip(step(layers, seed), wanted[seed], strict=True))
             stats = offloader.stats()
             assert stats.bytes_in == stats.bytes_out > 0
-            assert stats.copies_in == stats.copies_out <= 12 * 3
+            assert stats.copies_in == stats.copies_out <= 16 * 3
 
 
 @all_recipes
