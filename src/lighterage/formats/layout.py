@@ -106,7 +106,7 @@ class BulkLayout:
         for part in self.parts:
             if part.name == name:
                 lead = (self.splits[index], *self.row_shape[:-1])
-                return ViewSpec(offset=self._part_offsets(part)[index], shape=part.shape(lead), dtype=part.dtype)
+                return ViewSpec(offset=self.offsets(part)[index], shape=part.shape(lead), dtype=part.dtype)
         raise KeyError(f"{self.format_name} has no part {name!r}; it has {[part.name for part in self.parts]}")
 
     def views(self, name: str) -> list[ViewSpec]:
@@ -118,8 +118,8 @@ class BulkLayout:
         for index in range(len(self.splits)):
             yield {part.name: self.view(part.name, index) for part in self.parts}
 
-    def _part_offsets(self, wanted: Part) -> list[int]:
-        """Offsets of one part, counted when they are first asked for."""
+    def offsets(self, wanted: Part) -> list[int]:
+        """Where one of the `parts` of every split begins, in bytes; counted when it is first asked for."""
         if wanted.name not in self._offsets:
             cursor = 0
             for part in self.parts:

@@ -228,14 +228,15 @@ class SplitTensors(Sequence[torch.Tensor]):
         layout, num_bytes = self._group.layout(direction), self._group.layouts[direction].num_bytes
         start: int | None = None
         buffer = torch.empty(num_bytes if not any(layout.splits) else 0, dtype=torch.uint8, device=self.splits.device)
-        for index, member in enumerate(self._members):
-            for part in layout.parts:
-                value: torch.Tensor | None = getattr(member, f"{direction}_{part.name}")
+        for part in layout.parts:
+            name = f"{direction}_{part.name}"
+            for member, offset_of_part in zip(self._members, layout.offsets(part), strict=True):
+                value: torch.Tensor | None = getattr(member, name)
                 if value is None:
                     return None
                 if value.numel() == 0:
                     continue
-                begin = value.data_ptr() - layout.view(part.name, index).offset
+                begin = value.data_ptr() - offset_of_part
                 if start is None:
                     storage = value.untyped_storage()
                     offset = begin - storage.data_ptr()
