@@ -25,8 +25,8 @@ def _specialized_kernel(x, n, ADD: tl.constexpr):
     tl.store(x, n + ADD)
 
 
-@pytest.mark.parametrize("round_trip", [0, 1])
-def test_dtypes_alignments_numbers_and_constants_never_meet_anothers_code(round_trip: int) -> None:
+@pytest.mark.parametrize("num_warps", [1, pytest.param(2, marks=pytest.mark.gpu)])
+def test_dtypes_alignments_numbers_and_constants_never_meet_anothers_code(num_warps: int) -> None:
     memory = torch.arange(200, device=DEVICE, dtype=torch.float32)
     for dtype in (torch.float32, torch.float16):
         for start in (0, 1, 16):
@@ -41,7 +41,7 @@ def test_dtypes_alignments_numbers_and_constants_never_meet_anothers_code(round_
                             (x, y),
                             (n, factor, much),
                             {"ADD": add, "BLOCK": 32},
-                            num_warps=1 + round_trip,
+                            num_warps=num_warps,
                         )
                     wanted = torch.zeros(100, device=DEVICE)
                     wanted[:n] = x[:n].float() * factor + add + (much >> 32)
