@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lighterage.formats.bulk import Quantizer
+from lighterage.formats.quantizer import Quantizer
 from lighterage.nn.linear import Linear
 from lighterage.ops.attention import MarkOutput, attention
 from lighterage.ops.rotary import rotary_table, rotate_heads

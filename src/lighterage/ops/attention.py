@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lighterage.formats.bulk import Quantizer
+from lighterage.formats.quantizer import Quantizer
 from lighterage.marks import mark_not_offload
 
 MarkOutput = Literal["auto"] | bool

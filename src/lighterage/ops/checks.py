@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from lighterage.formats.quantized_tensor import is_quantized
 from lighterage.formats.splits import Splits
 from lighterage.recipes import Recipe
 
@@ -18,7 +19,7 @@ def checked_rows(x: torch.Tensor, w_ENK: torch.Tensor, recipe: Recipe | None) ->
 
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
-    if x.dtype not in _DTYPES or hasattr(x, "FIELDS"):
+    if x.dtype not in _DTYPES or (is_quantized(x) and recipe is None):
         raise TypeError(
             f"a linear layer needs a bf16, fp16 or fp32 input; got a {type(x).__name__} of {x.dtype}. Cast it, or call "
             "its dequantize()."

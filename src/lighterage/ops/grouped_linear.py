@@ -19,6 +19,7 @@ from typing import Any, cast
 
 import torch
 
+from lighterage.formats.quantized_tensor import is_quantized
 from lighterage.formats.splits import Splits
 from lighterage.ops.checks import (
     autocast_dtype,
@@ -97,7 +98,7 @@ def apply_grouped_linear(
     """`grouped_linear` of stacked weights and a checked recipe."""
     cast_to = autocast_dtype(x.device)
     if cast_to is not None:
-        x = x.to(cast_to)
+        x = x if is_quantized(x) else x.to(cast_to)
         if recipe is None:
             w_ENK, bias_EN = w_ENK.to(cast_to), None if bias_EN is None else bias_EN.to(cast_to)
     x_MK = checked_rows(x, w_ENK, recipe)
@@ -105,7 +106,7 @@ def apply_grouped_linear(
     splits = checked_splits(m_splits, x_MK, len(w_ENK), recipe)
     params = _Params(
         products=choose_products(splits, recipe, backend),
-        save_original_input=save_original_input,
+        save_original_input=save_original_input and not is_quantized(x),
         recording=torch.is_grad_enabled(),
     )
     with without_autocast(x.device):

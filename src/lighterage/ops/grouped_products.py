@@ -14,6 +14,7 @@ import torch
 
 from lighterage.formats.bulk import split_quantize
 from lighterage.formats.parts import SplitRows
+from lighterage.formats.quantized_tensor import is_quantized
 from lighterage.formats.split_tensors import SplitTensors
 from lighterage.formats.splits import Splits
 from lighterage.ops.gemm_backends import BackendName, GemmBackend, choose_backend
@@ -28,6 +29,7 @@ from lighterage.ops.per_tensor import (
     quantize_rows,
     quantize_weight,
 )
+from lighterage.ops.quantized_rows import quantized_rows
 from lighterage.ops.swiglu import swiglu_activation
 from lighterage.recipes import Float8CurrentScaling, Recipe, Role
 
@@ -52,6 +54,8 @@ class GroupedProducts:
         """An input or an output's gradient, quantized once for all experts, in the directions asked for."""
         if self.recipe is None:
             return x_MK.contiguous()
+        if is_quantized(x_MK):
+            return quantized_rows(x_MK, self.splits, self.recipe, rowwise=rowwise, columnwise=columnwise)
         if isinstance(self.recipe, Float8CurrentScaling):
             return quantize_rows(x_MK, self.recipe, role, rowwise=rowwise, columnwise=columnwise)
         quantizer = self.recipe.quantizer(role, rowwise=rowwise, columnwise=columnwise, seed=self.seed)

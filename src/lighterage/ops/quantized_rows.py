@@ -1,0 +1,87 @@
+"""An input that was quantized already, as the operand that a layer of its recipe would have made of it."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+
+from lighterage.formats.fp8_tensor import Float8Tensor
+from lighterage.formats.layout import BulkLayout
+from lighterage.formats.quantized_tensor import DIRECTIONS, has_usage, inner_of, map_inner, options_of
+from lighterage.formats.quantizer import BulkQuantizer
+from lighterage.formats.split_tensors import Group, SplitTensors
+from lighterage.formats.splits import Splits
+from lighterage.ops.per_tensor import ScaledCodes
+from lighterage.recipes import Recipe
+
+
+def quantized_rows(
+    x_MK: torch.Tensor, splits: Splits, recipe: Recipe, *, rowwise: bool, columnwise: bool
+) -> SplitTensors | ScaledCodes:
+    """`x_MK`, a quantized tensor, as the input of one layer. Its codes are neither copied nor changed.
+
+    rowwise, columnwise: the directions that will be read.
+    Raises: TypeError, ValueError: if the recipe would have quantized otherwise, a direction is missing, or there are
+        several experts: their blocks begin anew with each, and those of a single tensor do not.
+    """
+    quantizer = recipe.quantizer("input", rowwise=True, columnwise=True)
+    wanted, options = _kind(recipe, quantizer)
+    if type(x_MK) is not wanted or any(options_of(x_MK)[name] != value for name, value in options.items()):
+        raise TypeError(
+            f"an input that is quantized already must be what {recipe} makes of an input, {wanted.__name__} with "
+            f"{options}; got {x_MK!r}. Quantize it with recipe.quantizer('input', rowwise=True, columnwise=True)."
+        )
+    if splits.num_splits != 1:
+        raise ValueError(
+            f"a quantized input can be that of one layer, not of {splits.num_splits} experts, whose blocks begin anew. "
+            "Pass the input as it was before it was quantized."
+        )
+    for direction, needed in (("rowwise", rowwise), ("columnwise", columnwise)):
+        if needed and not has_usage(x_MK, direction):
+            raise ValueError(
+                f"this layer reads the {direction} codes of its input, which are not there: {x_MK!r}. Quantize with "
+                f"{direction}=True."
+            )
+    if isinstance(x_MK, Float8Tensor):
+        return _scaled_codes(x_MK)
+    return _group_of_one(x_MK, splits, cast(BulkQuantizer, quantizer))
+
+
+def _kind(recipe: Recipe, quantizer: object) -> tuple[type[torch.Tensor], dict[str, object]]:
+    """The class of what the recipe makes of an input, and the options that decide what its codes mean."""
+    if hasattr(quantizer, "tensor_class"):
+        made = cast(BulkQuantizer, quantizer)
+        return made.tensor_class, made.tensor_options()
+    return Float8Tensor, {"fp8_dtype": torch.float8_e4m3fn}
+
+
+def _scaled_codes(x_MK: Float8Tensor) -> ScaledCodes:
+    assert x_MK.scale_inv is not None
+    data = [None if part is None else part.view(x_MK.fp8_dtype) for part in (x_MK.rowwise_data, x_MK.columnwise_data)]
+    return ScaledCodes(rowwise=data[0], columnwise=data[1], scale_inv=x_MK.scale_inv)
+
+
+def _group_of_one(x_MK: torch.Tensor, splits: Splits, quantizer: BulkQuantizer) -> SplitTensors:
+    assert splits.rows is not None, "one split has all rows, which the host knows"
+    row_shape = (x_MK.shape[1],)
+    held = inner_of(x_MK)
+    layouts = {
+        direction: BulkLayout(
+            quantizer.format_name, splits.rows, row_shape, direction == "columnwise", quantizer.block_2d
+        )
+        for direction in DIRECTIONS
+        if f"{direction}_data" in held
+    }
+    group = Group(
+        tensor_class=type(x_MK),
+        options=options_of(x_MK),
+        format_name=quantizer.format_name,
+        block_2d=quantizer.block_2d,
+        dtype=x_MK.dtype,
+        row_shape=row_shape,
+        splits=splits,
+        layouts=layouts,
+    )
+    # Another wrapper of the same codes: what the layer lets go of, the caller's tensor keeps.
+    return SplitTensors(group, members=[map_inner(x_MK, lambda part: part)])
