@@ -65,7 +65,7 @@ def check_aligned(splits: Splits, multiple: int, what: str) -> None:
         if size % multiple:
             raise ValueError(
                 f"{what} needs the rows of every expert in multiples of {multiple}; got {size} for expert {expert}. "
-                f"Pad each expert's rows, as lighterage.ops.plan_permutation(..., alignment={multiple}) plans it."
+                f"Pad each expert's rows: lighterage.ops.pad_rows(x, m_splits, {multiple})."
             )
 
 
