@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.grouped_gemm_cases import E4M3, E5M2, Case, error, expected, slab_oracle
+from tests.kernels.grouped_gemm_cases import E4M3, E5M2, Case, error, expected
 from tests.kernels.triton_cases import DEVICE, ends_of
 
 pytest.importorskip("triton")
@@ -163,28 +163,6 @@ def test_misuse_is_refused() -> None:
         grouped_rows(buffer, buffer, case.ends.int(), **options)
     with pytest.raises(ValueError, match="multiple of 16 bytes"):
         grouped_rows(buffer[1:], buffer, case.ends, **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("power_of_2", [True, False])
-def test_large_groups_equal_the_slab_oracle_bit_for_bit(power_of_2) -> None:
-    case = Case(splits=[512, 0, 1040, 16, 2512, 16], in_features=2048, out_features=1152, power_of_2=power_of_2)
-    x, w, dy = case.x(), case.w(), case.dy()
-    for out_dtype in (torch.float32, torch.bfloat16):
-        want = torch.cat(slab_oracle(x, w, ("rowwise", "rowwise"), out_dtype))
-        assert torch.equal(_forward(case, x, w, out_dtype=out_dtype), want)
-        want = torch.cat(slab_oracle(dy, w, ("rowwise", "columnwise"), out_dtype))
-        assert torch.equal(_dgrad(case, dy, w, out_dtype=out_dtype), want)
-        want = torch.stack(slab_oracle(dy, x, ("columnwise", "columnwise"), out_dtype))
-        assert torch.equal(_wgrad(case, dy, x, out_dtype=out_dtype), want)
-
-
-@pytest.mark.gpu
-def test_many_experts_equal_the_slab_oracle() -> None:
-    splits = (torch.randint(0, 12, (256,), generator=torch.Generator().manual_seed(0)) * 16).tolist()
-    case = Case(splits=splits, in_features=384, out_features=256)
-    x, w = case.x(), case.w()
-    assert torch.equal(_forward(case, x, w), torch.cat(slab_oracle(x, w, ("rowwise", "rowwise"), torch.float32)))
 
 
 def test_ends_of_a_capacity_are_read_to_the_last_split_alone() -> None:

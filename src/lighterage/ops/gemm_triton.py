@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from lighterage.ops.gemm_backends import Operand
 
 ROWS_MULTIPLE = 16
+MAX_HOPPER_SPLITS = 1024
 
 
 @dataclass(frozen=True)
@@ -30,18 +33,23 @@ class TritonBackend:
     """One launch a product, whatever the number of experts; the host never waits."""
 
     name: str = "triton"
+    hopper: bool = False
+    """Use the kernels that are made for Hopper, which give the same bits in about half the time."""
+    power_of_2_scales: bool = False
+    """The scales of x and dy are powers of two, which spares them a product."""
 
     def forward(
         self, x: Operand, w: Operand, splits: Splits, *, out_dtype: torch.dtype, bias: torch.Tensor | None
     ) -> torch.Tensor:
         """See `grouped_forward`."""
         x, w = quantized(x, "x", "rowwise"), quantized(w, "w", "rowwise")
-        return _rows(x, w, splits, ("x", "rowwise"), w.splits.num_rows // splits.num_splits, out_dtype, bias)
+        out_features = w.splits.num_rows // splits.num_splits
+        return self._rows(x, w, splits, ("x", "rowwise"), out_features, out_dtype, bias)
 
     def dgrad(self, dy: Operand, w: Operand, splits: Splits, *, out_dtype: torch.dtype) -> torch.Tensor:
         """See `grouped_dgrad`."""
         dy, w = quantized(dy, "dy", "rowwise"), quantized(w, "w", "columnwise")
-        return _rows(dy, w, splits, ("dy", "columnwise"), w.num_cols, out_dtype, None)
+        return self._rows(dy, w, splits, ("dy", "columnwise"), w.num_cols, out_dtype, None)
 
     def wgrad(self, dy: Operand, x: Operand, splits: Splits, *, out_dtype: torch.dtype) -> torch.Tensor:
         """See `grouped_wgrad`."""
@@ -49,7 +57,12 @@ class TritonBackend:
         check_aligned(splits, ROWS_MULTIPLE, "the grouped FP8 kernel")
         check_one_dimensional_scales(dy, "dy")
         check_one_dimensional_scales(x, "x")
-        return grouped_wgrad(
+        kernel: Callable[..., torch.Tensor] = grouped_wgrad
+        if self.hopper:
+            from lighterage.kernels.triton import grouped_gemm_hopper_wgrad
+
+            kernel = grouped_gemm_hopper_wgrad.grouped_wgrad
+        return kernel(
             bulk_buffer(dy, "dy", "columnwise"),
             bulk_buffer(x, "x", "columnwise"),
             splits.ends,
@@ -61,30 +74,47 @@ class TritonBackend:
             out_dtype=out_dtype,
         )
 
+    def _rows(
+        self,
+        x: SplitTensors,
+        w: SplitTensors,
+        splits: Splits,
+        which: tuple[str, Direction],
+        out_features: int,
+        out_dtype: torch.dtype,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        role, w_direction = which
+        check_aligned(splits, ROWS_MULTIPLE, "the grouped FP8 kernel")
+        check_one_dimensional_scales(x, role)
+        kernel: Callable[..., torch.Tensor] = partial(grouped_rows, w_block_2d=w.block_2d)
+        if self.hopper and w.block_2d and splits.num_splits <= MAX_HOPPER_SPLITS:
+            from lighterage.kernels.triton import grouped_gemm_hopper_rows
 
-def _rows(
-    x: SplitTensors,
-    w: SplitTensors,
-    splits: Splits,
-    which: tuple[str, Direction],
-    out_features: int,
-    out_dtype: torch.dtype,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    role, w_direction = which
-    check_aligned(splits, ROWS_MULTIPLE, "the grouped FP8 kernel")
-    check_one_dimensional_scales(x, role)
-    return grouped_rows(
-        bulk_buffer(x, role, "rowwise"),
-        bulk_buffer(w, "w", w_direction),
-        splits.ends,
-        num_rows=splits.num_rows,
-        num_splits=splits.num_splits,
-        depth=x.num_cols,
-        out_features=out_features,
-        x_dtype=fp8_dtype_of(x),
-        w_dtype=fp8_dtype_of(w),
-        w_block_2d=w.block_2d,
-        out_dtype=out_dtype,
-        bias=bias,
-    )
+            kernel = partial(grouped_gemm_hopper_rows.grouped_rows, power_of_2=self.power_of_2_scales)
+        return kernel(
+            bulk_buffer(x, role, "rowwise"),
+            bulk_buffer(w, "w", w_direction),
+            splits.ends,
+            num_rows=splits.num_rows,
+            num_splits=splits.num_splits,
+            depth=x.num_cols,
+            out_features=out_features,
+            x_dtype=fp8_dtype_of(x),
+            w_dtype=fp8_dtype_of(w),
+            out_dtype=out_dtype,
+            bias=bias,
+        )
+
+
+@lru_cache
+def has_hopper_kernels(device: torch.device) -> bool:
+    """Whether the kernels for Hopper run on `device`: there, with a Triton that has what they are written in."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return False
+    try:
+        import lighterage.kernels.triton.grouped_gemm_hopper_rows
+        import lighterage.kernels.triton.grouped_gemm_hopper_wgrad  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
