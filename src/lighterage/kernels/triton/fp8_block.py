@@ -42,7 +42,7 @@ from lighterage.kernels.triton.launch import (
     on_device_of,
     quantized_shape,
 )
-from lighterage.kernels.triton.splits import data_offset, find_split_and_units, num_slots, padded_splits
+from lighterage.kernels.triton.splits import data_offset, find_split, num_slots, padded_splits, units_before
 from lighterage.kernels.triton.swiglu import load_input
 
 
@@ -245,14 +245,13 @@ def _split_quantize_kernel(
     K_BLOCKS: tl.constexpr = (NUM_COLS + 127) // 128
     program = tl.program_id(0)
     k_block = program % K_BLOCKS
+    split, start, rows, tile = find_split(ends, program // K_BLOCKS, num_splits, 128, LANES)
+    if tile * 128 >= rows:
+        return
     # 1x128 tiles: rows of 4 scales, then one row for each block. 128x128 blocks: a row for each, then fours of them.
     UNIT_A: tl.constexpr = 128 if BLOCK_2D else 4
     UNIT_B: tl.constexpr = 512 if BLOCK_2D else 128
-    split, start, rows, tile, units_a, units_b = find_split_and_units(
-        ends, program // K_BLOCKS, num_splits, 128, UNIT_A, UNIT_B, LANES
-    )
-    if tile * 128 >= rows:
-        return
+    units_a, units_b = units_before(ends, split, UNIT_A, UNIT_B, LANES)
     offset, scales_start = data_offset(ends, split, start, num_splits, NUM_COLS, 1, LANES)
     if BLOCK_2D:
         row_scale_bytes = units_a.to(tl.int64) * ((K_BLOCKS + 3) // 4 * 16)

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from lighterage.kernels.triton.casts import e8m0_scale, fp8_code, largest_magnitude, magnitude, widen, without_nan
 from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
-from lighterage.kernels.triton.splits import data_offset, find_split_and_units, num_slots, padded_splits
+from lighterage.kernels.triton.splits import data_offset, find_split, num_slots, padded_splits, units_before
 from lighterage.kernels.triton.swiglu import load_input
 
 
@@ -122,10 +122,11 @@ def _split_quantize_kernel(
     K_PADDED: tl.constexpr = (NUM_COLS + 127) // 128 * 128
     K_TILES: tl.constexpr = (K_PADDED + 128 * WARPS - 1) // (128 * WARPS)
     program = tl.program_id(0)
-    split, start, rows, tile, units, _ = find_split_and_units(ends, program // K_TILES, num_splits, 32, 128, 128, LANES)
+    split, start, rows, tile = find_split(ends, program // K_TILES, num_splits, 32, LANES)
     if tile * 32 >= rows:
         return
     offset, scales_start = data_offset(ends, split, start, num_splits, NUM_COLS, 32, LANES)
+    units, _ = units_before(ends, split, 128, 128, LANES)
     # ru(M, 128) * ru(K / 32, 4) and ru(M / 32, 4) * ru(K, 128) are the same number of bytes.
     scales = scales_start + units.to(tl.int64) * (K_PADDED * 4)
     first_col = (program % K_TILES) * (128 * WARPS)

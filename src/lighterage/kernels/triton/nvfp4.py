@@ -39,10 +39,11 @@ from lighterage.kernels.triton.casts import (
 from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
 from lighterage.kernels.triton.splits import (
     data_offset,
-    find_split_and_units,
+    find_split,
     num_slots,
     padded_splits,
     rows_of_splits,
+    units_before,
 )
 from lighterage.kernels.triton.swiglu import load_input
 
@@ -352,9 +353,7 @@ def _split_quantize_kernel(
     K_TILES: tl.constexpr = (K_PADDED + C - 1) // C
     K_PROGRAMS: tl.constexpr = (K_TILES + TILES_PER_PROGRAM - 1) // TILES_PER_PROGRAM
     program = tl.program_id(0)
-    split, start, rows, tile, units_128, units_64 = find_split_and_units(
-        ends, program // K_PROGRAMS, num_splits, 128, 128, 64, LANES
-    )
+    split, start, rows, tile = find_split(ends, program // K_PROGRAMS, num_splits, 128, LANES)
     writes_amax = (tile == 0) & (program % K_PROGRAMS == 0)
     if (tile * 128 >= rows) & (writes_amax == 0):
         return
@@ -373,6 +372,7 @@ def _split_quantize_kernel(
             tl.store((col_buffer + (place + split * 16)).to(tl.pointer_type(tl.float32)), col_amax)
     row_multiplier, row_decode = nvfp4_global_scale(row_amax)
     col_multiplier, col_decode = nvfp4_global_scale(col_amax)
+    units_128, units_64 = units_before(ends, split, 128, 64, LANES)
     row_scales = scales_start + units_128.to(tl.int64) * (128 * K_BLOCKS_PADDED)
     col_scales = scales_start + units_64.to(tl.int64) * (4 * K_PADDED)
     x += start.to(tl.int64) * (2 * NUM_COLS if SWIGLU else NUM_COLS)

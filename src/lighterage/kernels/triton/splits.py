@@ -38,44 +38,32 @@ def padded_splits(num_splits: int) -> int:
 @triton.jit
 def find_split(ends, slot, num_splits, TILE: tl.constexpr, LANES: tl.constexpr):
     """`(split, its first row, its rows, our tile's number in it)`: note [Tiles of ragged splits]."""
-    split, start, rows, tile, _, _ = find_split_and_units(ends, slot, num_splits, TILE, TILE, TILE, LANES)
-    return split, start, rows, tile
+    split_32 = tl.zeros([32], tl.int32)
+    for first in tl.static_range(0, LANES, 32):  # note [Sums inside one warp]
+        lane = first + tl.arange(0, 32)
+        # Unsigned: dividing is then a shift alone.
+        end = tl.load(ends + lane, mask=lane + 1 < num_splits, other=0xFFFFFFFF).to(tl.uint32)
+        # The next split's first slot is not after ours.
+        split_32 += (end // TILE + lane.to(tl.uint32) < slot.to(tl.uint32)).to(tl.int32)
+    split = tl.sum(split_32, 0)
+    start = tl.load(ends + split - 1, mask=split > 0, other=0).to(tl.int32)
+    end = tl.load(ends + split).to(tl.int32)
+    return split, start, end - start, slot - (start // TILE + split)
 
 
 @triton.jit
-def find_split_and_units(
-    ends,
-    slot,
-    num_splits,
-    TILE: tl.constexpr,
-    UNIT_A: tl.constexpr,
-    UNIT_B: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """What `find_split` gives, and how many units of `UNIT_A` and of `UNIT_B` rows the splits before ours fill.
-
-    A split's last unit may be partial; the next split begins a new one. Note [Sums inside one warp].
-    """
-    split_32 = tl.zeros([32], tl.uint32)
-    units_a_32 = tl.zeros([32], tl.uint32)
-    units_b_32 = tl.zeros([32], tl.uint32)
-    for first in tl.static_range(0, LANES, 32):
+def units_before(ends, split, UNIT_A: tl.constexpr, UNIT_B: tl.constexpr, LANES: tl.constexpr):
+    """How many units of `UNIT_A` and of `UNIT_B` rows the splits before ours fill; a last unit may be partly filled."""
+    units_a_32 = tl.zeros([32], tl.int32)
+    units_b_32 = tl.zeros([32], tl.int32)
+    for first in tl.static_range(0, LANES, 32):  # note [Sums inside one warp]
         lane = first + tl.arange(0, 32)
-        # Unsigned: dividing is then a shift alone.
-        start = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0).to(tl.uint32)
-        end = tl.load(ends + lane, mask=lane + 1 < num_splits, other=0xFFFFFFFF).to(tl.uint32)
-        # The next split's first slot is not after ours.
-        before = end // TILE + lane.to(tl.uint32) < slot.to(tl.uint32)
-        rows = tl.where(before, end - start, 0)
-        split_32 += before.to(tl.uint32)
-        units_a_32 += (rows + (UNIT_A - 1)) // UNIT_A
-        units_b_32 += (rows + (UNIT_B - 1)) // UNIT_B
-    split = tl.sum(split_32.to(tl.int32), 0)
-    units_a = tl.sum(units_a_32.to(tl.int32), 0)
-    units_b = tl.sum(units_b_32.to(tl.int32), 0)
-    start = tl.load(ends + split - 1, mask=split > 0, other=0).to(tl.int32)
-    end = tl.load(ends + split).to(tl.int32)
-    return split, start, end - start, slot - (start // TILE + split), units_a, units_b
+        start = tl.load(ends + lane - 1, mask=(lane > 0) & (lane < split), other=0).to(tl.uint32)
+        end = tl.load(ends + lane, mask=lane < split, other=0).to(tl.uint32)
+        rows = end - start
+        units_a_32 += ((rows + (UNIT_A - 1)) // UNIT_A).to(tl.int32)
+        units_b_32 += ((rows + (UNIT_B - 1)) // UNIT_B).to(tl.int32)
+    return tl.sum(units_a_32, 0), tl.sum(units_b_32, 0)
 
 
 @triton.jit
