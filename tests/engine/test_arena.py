@@ -353,6 +353,23 @@ def test_memory_is_committed_ahead_of_growths_and_given_back_when_the_needs_are_
     assert not pinner.pinned
 
 
+def test_who_can_do_without_is_not_made_to_wait_for_memory_that_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arena_module, "_AT_ONCE", 8 * MIB)
+    go_on = threading.Event()
+    monkeypatch.setattr(prefault, "_madvise", lambda: lambda *_: go_on.wait(10))
+    arena = Arena(pinner=FakePinner(), budget=None, capacity=256 * MIB)
+    arena.prepare()
+    assert arena.acquire(64 * MIB, lambda: True) is None and "made ready" in (arena.refusal or "")
+    assert not arena.settle(), "what was declined will be needed"
+    go_on.set()
+    block = must(arena.acquire(64 * MIB, lambda: False))
+    assert block.nbytes == 64 * MIB
+    assert arena._frontier is not None
+    arena._frontier.reach(128 * MIB)
+    assert must(arena.acquire(64 * MIB, lambda: True)).nbytes == 64 * MIB, "ready by now"
+    assert arena.settle()
+
+
 def test_nothing_is_committed_ahead_where_the_machine_cannot_spare_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "available_bytes", lambda: host_memory.spare_bytes() + 8 * MIB)
     arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)

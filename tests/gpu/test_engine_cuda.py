@@ -252,6 +252,36 @@ def test_memory_that_came_back_on_one_stream_stays_while_another_reads_it() -> N
     assert len(seen) == 2 and all(torch.equal(one, expected) for one in seen)
 
 
+def test_what_is_written_between_saved_ranges_is_not_lost() -> None:
+    """Bytes that an earlier copy took along come anew, and after it: many ranges return in one call of the driver."""
+    offloader = offloader_of(release_after=99)
+    seen: list[list[Tensor]] = []
+
+    def look(saved: tuple[Tensor, ...]) -> None:
+        seen.append([one.clone() for one in saved])
+
+    with offloader:
+        for _ in range(8):
+            seen.clear()
+            buffer = torch.zeros(MIB, dtype=torch.uint8, device="cuda")
+            with offloader.section("filled"):
+                buffer[:400_000], buffer[402_000:] = 1, 2
+                y = Keep.apply(leaf(), look, buffer[:400_000], buffer[402_000:])
+                offloader.evict(offloader.sections[0])
+                torch.cuda.synchronize()
+                buffer.data[400_000:402_000] = 3  # PyTorch counts no version
+                y = Keep.apply(y, look, buffer[400_000:402_000], buffer)
+            expected = [[buffer[400_000:402_000].clone(), buffer.clone()], [buffer[:400_000].clone()]]
+            offloader.release(offloader.sections[0])
+            del buffer
+            spoil(MIB)
+            y.backward()
+            del y
+            for got, wanted in zip(seen, expected, strict=True):
+                assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=False))
+        assert offloader.stats().bytes_in > MIB
+
+
 def test_a_dropped_graph_leaves_its_memory_to_copies_under_way() -> None:
     nbytes = 24 * MIB
     offloader = offloader_of(lambda: torch.cuda._sleep(LONG // 4), release_after=0)

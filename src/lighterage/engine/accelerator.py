@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import time
 from collections.abc import Callable, Sequence
 
 import torch
@@ -21,6 +22,12 @@ from .views import byte_view
 # handed out memory that earlier work still uses), and each stream that reads it waits for the copy.
 
 
+# A device with this part of its memory free has room.
+_ROOMY = 4
+# For so long its answer is not asked for again.
+_LOOK_AGAIN_S = 0.005
+
+
 class Accelerator:
     """What the transports of an accelerator share: streams, allocation, and the graveyard."""
 
@@ -31,6 +38,8 @@ class Accelerator:
         self._streams = Streams(device, before_copies)
         self._buried: collections.deque[tuple[torch.UntypedStorage, Fence]] = collections.deque()
         self._keys: set[int] = set()
+        self._has_room = False
+        self._look_again_at = 0.0
 
     def stream_key(self) -> int:
         key = self._streams.key()
@@ -73,6 +82,15 @@ class Accelerator:
         data = byte_view(storage, 0, storage.nbytes())
         data.record_stream(self._streams.outbound)
         data.record_stream(self._streams.inbound)
+
+    def has_room(self) -> bool:
+        """Whether so much of the device is free that what could leave it may as well stay for a while."""
+        now = time.monotonic()
+        if now >= self._look_again_at:
+            free, total = torch.accelerator.get_memory_info(self.device)
+            self._has_room = free >= total // _ROOMY
+            self._look_again_at = now + _LOOK_AGAIN_S
+        return self._has_room
 
     def device_bytes(self) -> int | None:
         return int(torch.accelerator.memory_allocated(self.device))

@@ -6,6 +6,7 @@ import mmap
 import sys
 import time
 from bisect import bisect_right
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from typing import Protocol
@@ -28,7 +29,10 @@ _PIN_RETRY_S = 5.0
 _LOOK_AGAIN_S = 0.1
 """For so long what the machine could spare is not asked again: asking takes up to half a millisecond."""
 
+_AT_ONCE = 256 * MIB
+"""So much is waited for in any case: it takes some tens of milliseconds."""
 _CLOSED = "the arena is closed"
+_NOT_READY = "host memory was still being made ready, and the device had room"
 
 # Linux's number; this Python's mmap module does not name it.
 _MAP_NORESERVE = 0x4000
@@ -86,6 +90,7 @@ class Arena:
         self._address = self._memory.data_ptr()
         self._limit = self._memory.numel() if budget is None else min(self._memory.numel(), budget)
         self._frontier: prefault.Frontier | None = None
+        self._declined_bytes = 0  # what this step would have used, had it been ready
         if pinner is not None:
             self._limit -= self._limit % _PAGE
 
@@ -99,32 +104,39 @@ class Arena:
             self._advise("MADV_HUGEPAGE", 0, self._limit)
             self._look_ahead(0)
 
-    def settle(self) -> None:
-        """The needs are known: give back what was committed in vain."""
+    def settle(self) -> bool:
+        """A step is over. Whether the needs are known, since nothing was declined: what is left over is given back."""
+        if self._declined_bytes and not self._closed:
+            self._declined_bytes = 0
+            return False
         frontier, self._frontier = self._frontier, None
         if frontier is not None:
             start, end = self.bytes_reserved, frontier.stop()
             if start < end:
                 self._advise("MADV_DONTNEED", start, end - start)
+        return True
 
     def _look_ahead(self, reserved: int) -> None:
         """Have some more committed than is pinned, as far as the machine can spare it."""
         assert self._frontier is not None
-        end = min(reserved + max(_AHEAD, reserved // 2), self._limit)
+        end = min(reserved + self._declined_bytes + max(_AHEAD, reserved // 2), self._limit)
         ahead = end - self._frontier.committed_or_under_way
         if ahead > 0 and self._lack_of_memory(ahead) is None:
             self._frontier.advance(end)
 
-    def acquire(self, nbytes: int) -> Block | None:
+    def acquire(self, nbytes: int, can_do_without: Callable[[], bool] | None = None) -> Block | None:
         """A block of `nbytes` bytes, or None: then `refusal` says why.
 
         The caller orders its first write to the block after the block's `fences`. Growing may take long when pinned;
-        an acquire that finds room takes microseconds.
+        an acquire that finds room takes microseconds. While memory is being prepared, and there is none yet, a caller
+        who `can_do_without` gets None at once instead.
 
         Raises:
             OffloadError: in a forked child.
         """
-        claim = None if self._closed else self._space.acquire(nbytes, self._grow)
+        claim = None
+        if not self._closed:
+            claim = self._space.acquire(nbytes, lambda needed: self._grow(needed, can_do_without))
         if claim is None:
             self.refusal = _CLOSED if self._closed else self.refusal
             return None
@@ -174,7 +186,7 @@ class Arena:
         if getattr(self, "_segment_ends", None) and not sys.is_finalizing():
             self.close()
 
-    def _grow(self, needed: int) -> int:
+    def _grow(self, needed: int, can_do_without: Callable[[], bool] | None) -> int:
         """Commit at least `needed` more bytes; returns how many, 0 when refused. Called with the space's lock held."""
         size = self._space.size
         if self._closed:
@@ -187,6 +199,10 @@ class Arena:
         if self._pinner is None:
             reason = self._lack_of_memory(needed)
             return needed if reason is None else self._refuse(reason)
+        if self._is_slow(size + needed) and can_do_without is not None and can_do_without():
+            self._declined_bytes += needed
+            self._look_ahead(size)
+            return self._refuse(_NOT_READY)
         reason = None
         generous, exact = growth_step(needed, size, room), round_up(needed, _PAGE)
         for step in (generous, exact) if exact < generous else (generous,):
@@ -194,6 +210,10 @@ class Arena:
             if reason is None:
                 return step
         return self._refuse(reason or "")
+
+    def _is_slow(self, end: int) -> bool:
+        """Whether growing to `end` bytes now would wait for memory that is still being made ready."""
+        return self._frontier is not None and end > _AT_ONCE and not self._frontier.has_reached(end)
 
     def _uncommitted(self, offset: int, nbytes: int) -> int:
         """How many bytes of `[offset, offset + nbytes)` the machine has not given yet."""

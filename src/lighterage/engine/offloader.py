@@ -74,6 +74,7 @@ class Offloader:
         self._unreleased: collections.deque[weakref.ref[Section]] = collections.deque()
         self._num_open = 0
         self._num_passed = 0
+        self._settled = False
         self._named: dict[str, None] = {}
         self._kept_names: frozenset[str] | None = None
         self._attachments: list[Attachment] = []
@@ -347,8 +348,8 @@ class Offloader:
                 self._shut()
 
     def _finish_step(self) -> None:
-        if self._ledger.num_steps == 0:
-            self._stores.settle()
+        if not self._settled:
+            self._settled = self._stores.settle()
         self._ledger.finish_step()
         self._order.finish_step()
         self._unreleased.clear()

@@ -75,6 +75,11 @@ class _RestedInHost:
             self.shared.retire(fences)
 
 
+def _overlaps(data: torch.Tensor, others: Sequence[tuple[object, torch.Tensor]]) -> bool:
+    lo, hi = data.data_ptr(), data.data_ptr() + data.nbytes
+    return any(lo < other.data_ptr() + other.nbytes and other.data_ptr() < hi for _, other in others)
+
+
 def _slice(parts: tuple[torch.Tensor, ...], lo: int, hi: int) -> tuple[torch.Tensor, ...]:
     if len(parts) == 1:
         return parts if hi - lo == parts[0].numel() else (parts[0][lo:hi],)
@@ -123,11 +128,11 @@ class HostTransport(Accelerator):
         """Room for ranges that leave together: one block if there is one, or one each."""
         if len(sizes) > 1:
             starts = list(itertools.accumulate([round_up(size, _ROOM) for size in sizes], initial=0))
-            block = self._arena.acquire(starts[-1])
+            block = self._arena.acquire(starts[-1], self.has_room)
             if block is not None:
                 shared = _Shared(block, len(sizes))
                 return [_RestedInHost(shared, at, size) for at, size in zip(starts, sizes, strict=False)]
-        blocks = [self._arena.acquire(size) for size in sizes]
+        blocks = [self._arena.acquire(size, self.has_room) for size in sizes]
         return [None if one is None else _RestedInHost(_Shared(one, 1), 0, one.nbytes) for one in blocks]
 
     def _copy_out(
@@ -155,9 +160,13 @@ class HostTransport(Accelerator):
         nbytes = num_batches = 0
         with streams.on(lane, current):
             for batch in batches:
-                for resting, _ in batch:
+                for resting, data in batch:
+                    if len(batch) > 1 and _overlaps(data, gathered):
+                        # What was copied out last is newer, and copies of one call come in no order.
+                        self._copy_in(gathered, lane, current)
+                        gathered = []
                     nbytes += resting.nbytes
-                gathered.extend(batch)  # type: ignore[arg-type]
+                    gathered.append((resting, data))  # type: ignore[arg-type]
                 num_batches += 1
                 if nbytes >= FENCE_BYTES or num_batches + len(fences) == len(batches):
                     self._copy_in(gathered, lane, current)

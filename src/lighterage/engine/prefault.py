@@ -73,6 +73,11 @@ class Frontier:
                 size = min(_CHUNK, self._nbytes - begin)
                 self._chunks.append(self._pool.submit(madvise, self._address + begin, size, MADV_POPULATE_WRITE))
 
+    def has_reached(self, end: int) -> bool:
+        """Whether the first `end` bytes are committed, or the kernel has declined."""
+        count = -(-min(end, self._nbytes) // _CHUNK)
+        return len(self._chunks) >= count and all(chunk.done() for chunk in self._chunks[:count])
+
     def reach(self, end: int) -> None:
         """Return when the first `end` bytes are committed, or the kernel has declined."""
         self.advance(end)

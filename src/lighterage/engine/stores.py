@@ -74,10 +74,10 @@ class Stores:
             self._passage = Arena(pinner=CudaPinner() if pinned else None, budget=PASSAGE_BYTES)
         return DiskTransport(device, self._passage, self._open_disk(), self._before_copies)
 
-    def settle(self) -> None:
-        """The first step is over, and what rests at once is known."""
-        for arena in self._arenas.values():
-            arena.settle()
+    def settle(self) -> bool:
+        """A step is over: whether it is known by now what rests at once."""
+        settled = [arena.settle() for arena in self._arenas.values()]
+        return all(settled)
 
     def _arena(self, pinned: bool) -> Arena:
         if pinned not in self._arenas:
