@@ -164,7 +164,8 @@ def _product(
 
 def _is_grouped(backend: PerTensorBackend, splits: Splits, a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether one grouped launch takes it: PyTorch's has both operands in E4M3, on CUDA."""
-    return backend == "torch" and a.is_cuda and splits.num_splits > 1 and a.dtype == b.dtype == _E4M3
+    can = backend == "torch" and a.is_cuda and a.dtype == b.dtype == _E4M3
+    return can and (splits.num_splits > 1 or splits.host is None)
 
 
 def _scaled_grouped(
