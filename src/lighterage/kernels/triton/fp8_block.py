@@ -342,7 +342,7 @@ def split_quantize_fp8_block(
             f"The FP8 block kernel takes fewer than 2^24 rows; got {num_rows}. Quantize them in two groups."
         )
     if max_registers is None:  # as few as the values leave room for, so that more programs fit on a multiprocessor
-        max_registers = 128 if x.element_size() == 4 else 80 if swiglu else 64
+        max_registers = 128 if x.element_size() == 4 else 80 if swiglu or block_2d else 64
     grid = num_slots(num_rows, num_splits, 128) * -(-num_cols // 128)
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
     row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
