@@ -16,7 +16,7 @@ from lighterage.kernels.triton.launch import launch, on_device_of  # noqa: E402
 @triton.jit(do_not_specialize=["n", "much"])
 def _scale_kernel(x, y, n, factor, much, ADD: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    value = tl.load(x + place, mask=place < n, other=0.0).to(tl.float32) * factor + ADD + (much >> 32)
+    value = tl.load(x + place, mask=place < n, other=0.0).to(tl.float32) * factor + ADD + (much.to(tl.int64) >> 32)
     tl.store(y + place, value, mask=place < n)
 
 
