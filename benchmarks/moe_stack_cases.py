@@ -76,7 +76,8 @@ def _mode(stack: Stack, mode: str) -> Iterator[lighterage.Offloader | None]:
     if mode == "none":
         yield None
         return
-    with lighterage.offload(stack.layers, keep_last=KEPT_LAYERS) as offloader:
+    # Released as late as all of it still is gone when forward ends.
+    with lighterage.offload(stack.layers, keep_last=KEPT_LAYERS, release_after=KEPT_LAYERS) as offloader:
         yield offloader
 
 
@@ -193,16 +194,18 @@ def host_time(shape: StackShape, name: str, device: torch.device, *, rounds: int
     stack = Stack(shape, RECIPES[name], device)
     x, gradient = stack.inputs()
     times: dict[str, list[float]] = {"none": [], "offload": []}
+    forward: dict[str, list[float]] = {"none": [], "offload": []}
     copies = 0
     for turn in range(4):
         for mode, found in times.items():
             with _mode(stack, mode) as offloader:
-                for index in range(rounds + 3):
+                for index in range(rounds + 10):
                     gc.disable()  # a collection in one of the two would be taken for its cost
-                    elapsed = _step(stack, x, gradient)["host_ms"] * 1e3
+                    step = _step(stack, x, gradient)
                     gc.enable()
-                    if turn and index >= 3:
-                        found.append(elapsed)
+                    if turn and index >= 10:
+                        found.append(step["host_ms"] * 1e3)
+                        forward[mode].append(step["forward_ms"] * 1e3)
                 copies = offloader.stats().copies_out if offloader is not None else copies
     moved = shape.layers - KEPT_LAYERS
     medians = {mode: statistics.median(found) for mode, found in times.items()}
@@ -210,6 +213,7 @@ def host_time(shape: StackShape, name: str, device: torch.device, *, rounds: int
         "shape": dataclasses.asdict(shape),
         "recipe": name,
         "host_us": medians,
+        "forward_us": {mode: statistics.median(found) for mode, found in forward.items()},
         "copies_out": copies,
         "added_us_a_layer": (medians["offload"] - medians["none"]) / moved,
     }

@@ -39,12 +39,20 @@ def to_markdown(results: Row, environment: Environment) -> str:
                 row["shape"]["experts"],
                 f"{row['host_us']['none']:.0f}",
                 f"{row['host_us']['offload']:.0f}",
+                f"{row['forward_us']['none']:.0f} / {row['forward_us']['offload']:.0f}",
                 row["copies_out"],
                 f"{row['added_us_a_layer']:.0f}",
             ]
             for row in results["host"]
         ]
-        header = ["experts", "host µs a step, none", "offload", "copies out", "added µs a layer"]
+        header = [
+            "experts",
+            "host µs a step, none",
+            "offload",
+            "forward alone, none / offload",
+            "copies out",
+            "added µs a layer",
+        ]
         parts += ["## Host time, narrow layers", table(header, rows)]
     return "\n\n".join(parts)
 

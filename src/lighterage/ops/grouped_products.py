@@ -8,6 +8,7 @@ take them apart into a shell and the one tensor to save, and put them together a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TypeAlias, cast
 
 import torch
@@ -165,5 +166,10 @@ def without_rowwise(w: Operand) -> Operand:
 
 def _even_splits(num_splits: int, num_rows: int, device: torch.device) -> Splits:
     """`num_splits` splits of `num_rows` each, whose ends are computed on the device: nothing is uploaded."""
-    ends = torch.arange(1, num_splits + 1, device=device) * num_rows
-    return Splits(num_rows=num_splits * num_rows, ends=ends, rows=SplitRows((num_rows,) * num_splits, 1))
+    ends = torch.arange(num_rows, num_splits * num_rows + 1, num_rows, device=device)
+    return Splits(num_rows=num_splits * num_rows, ends=ends, rows=_even_rows(num_splits, num_rows))
+
+
+@lru_cache(maxsize=256)
+def _even_rows(num_splits: int, num_rows: int) -> SplitRows:
+    return SplitRows((num_rows,) * num_splits, 1)
