@@ -149,6 +149,20 @@ def test_auto_takes_what_fits_the_device() -> None:
         assert names["fp8_block"] in ("triton", "torch")
 
 
+def test_auto_multiplies_expert_by_expert_where_they_are_few_and_large_and_the_host_knows_it(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    cuda = torch.device("cuda", 0)
+
+    def choose(sizes: list[int], *, on_device: bool = False) -> str:
+        splits = Splits.of(sizes, sum(sizes), "cpu")
+        if on_device:
+            splits = Splits(num_rows=splits.num_rows, ends=splits.ends)
+        return choose_backend("auto", "fp8_block", cuda, splits).name
+
+    assert choose([4096] * 8) == choose([0, 4096, 0, 2048]) == "torch"
+    assert choose([512] * 64) == choose([4096] * 8, on_device=True) == choose([0, 0]) == "triton"
+
+
 def test_a_wrong_choice_is_refused_with_what_to_pass() -> None:
     device = torch.device(DEVICE)
     with pytest.raises(ValueError, match="a GEMM backend is one of 'auto'"):

@@ -21,6 +21,9 @@ _BY_FORMAT: dict[str | None, tuple[str, ...]] = {
     "nvfp4": ("emulation", "reference"),
 }
 
+LARGE_ROWS = 2048
+"""Rows of an expert, on average, from which "auto" multiplies expert by expert."""
+
 
 class GemmBackend(Protocol):
     """How the products of `lighterage.ops.grouped_gemm` are made. Without state: one call and its backward share it."""
@@ -79,7 +82,18 @@ def _fastest(format_name: str | None, device: torch.device, splits: Splits | Non
         return "reference"
     if format_name in ("mxfp8", "nvfp4"):
         return "emulation"
+    if splits is not None and _few_large(splits) and torch.cuda.get_device_capability(device)[0] == 9:
+        return "torch"
     return "triton"
+
+
+def _few_large(splits: Splits) -> bool:
+    """Whether a call for each expert keeps a Hopper GPU busy: measured in benchmarks/results.
+
+    A call takes the host about 20 µs, in which the device multiplies some 512 rows by a weight of 4096×4096.
+    """
+    num_busy = sum(size > 0 for size in splits.host or ())
+    return num_busy > 0 and splits.num_rows >= LARGE_ROWS * num_busy
 
 
 def _make(name: str, format_name: str | None, device: torch.device, splits: Splits | None) -> GemmBackend:

@@ -2,7 +2,8 @@
 
 Note [Descriptors of ragged matrices]
 An expert's columnwise codes are a matrix whose rows are as long as the expert has rows, so every expert needs its own
-descriptors. The loading warp makes them on the device when it comes to the expert, in memory that the launch allocates.
+descriptors. The loading warp makes them on the device when it comes to the expert, in memory that the launch allocates,
+and waits for what it has asked for with the last ones before it writes over them.
 Codes past the expert's rows read as zeros: the last slab may be short.
 """
 
@@ -14,7 +15,7 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lighterage.kernels.triton.grouped_gemm import check_operands
@@ -79,6 +80,9 @@ def _load(
             dy = (dy_buffer + start * OUT_FEATURES).to(gl.pointer_type(DY_TYPE))
             x = (x_buffer + start * IN_FEATURES).to(gl.pointer_type(X_TYPE))
             stride = rows.to(gl.int64)
+            for back in gl.static_range(1, STAGES + 1):  # the last expert's descriptors must not change under a copy
+                if count >= back:
+                    mbarrier.wait(full.index((count - back) % STAGES), (count - back) // STAGES & 1)
             dy_desc = tma.make_tensor_descriptor(dy, [OUT_FEATURES, rows], [stride, 1], [GROUP_ROWS, 128], layout)
             x_desc = tma.make_tensor_descriptor(x, [IN_FEATURES, rows], [stride, 1], [TILE_N, 128], layout)
             for tile in range(first, ROW_TILES * COL_TILES, gl.num_programs(0)):
