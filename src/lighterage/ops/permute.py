@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import ModuleType
 from typing import Any, cast, overload
 
 import torch
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from lighterage.formats.parts import round_up
 from lighterage.formats.splits import Splits
+from lighterage.kernels.reference import permute as reference
+from lighterage.unseen import unseen
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,9 +30,7 @@ class Permutation:
     rows: Tensor
     """int32 (T, k): the row of each copy of each token."""
     tokens: Tensor
-    """int32 (C,): the token in each row; 0 in rows that hold none."""
-    padding: Tensor
-    """int32 (C - T * k,): the rows that hold no token."""
+    """int32 (C,): the token in each row; -1 in rows that hold none."""
     m_splits: Tensor
     """int64 (E,): rows of each expert, padded; rows after the last are no expert's."""
     num_tokens_of: Tensor
@@ -55,11 +56,12 @@ def capacity(num_copies: int, num_experts: int, alignment: int) -> int:
     return (num_copies + min(num_experts, num_copies) * (alignment - 1)) // alignment * alignment
 
 
+@unseen
 def plan_permutation(experts: Tensor, num_experts: int, alignment: int = 1) -> Permutation:
     """Where each copy of each token goes: by expert, and among those of one expert by token.
 
     experts: (T, k) whole numbers from 0 to `num_experts` - 1; checked on the CPU only. The k of a token differ.
-    Never synchronises.
+    The host never waits. torch.compile ends its graph here, and at the functions that take the plan.
     Raises: ValueError: on a wrong shape or dtype, or a number out of range.
     """
     if experts.ndim != 2 or experts.is_floating_point():
@@ -74,38 +76,13 @@ def plan_permutation(experts: Tensor, num_experts: int, alignment: int = 1) -> P
         raise ValueError(
             f"experts must be from 0 to {num_experts - 1}; got {int(experts.min())} to {int(experts.max())}."
         )
-    copies = experts.reshape(-1)
-    order = copies.argsort(stable=True)
-    sorted_experts = copies[order]
-    every = torch.arange(num_experts, device=experts.device, dtype=experts.dtype)
-    ends = torch.searchsorted(sorted_experts, every, right=True)
-    num_rows = capacity(copies.shape[0], num_experts, alignment)
-    return _plan(order, sorted_experts, ends, experts.shape[1], alignment, num_rows)
+    num_rows = capacity(experts.numel(), num_experts, alignment)
+    place = _kernels(experts).place_copies
+    rows, tokens, padded, sizes = place(experts, num_experts, alignment, num_rows)
+    return Permutation(rows=rows, tokens=tokens, m_splits=padded, num_tokens_of=sizes)
 
 
-def _plan(
-    order: Tensor, groups: Tensor, ends: Tensor, copies_of_each: int, alignment: int, num_rows: int
-) -> Permutation:
-    """Rows for copies that are sorted into `groups`, which end at `ends`; a group past the last comes after it."""
-    device, num_copies = ends.device, order.shape[0]
-    sizes = ends.diff(prepend=ends.new_zeros(1))
-    padded = (sizes + (alignment - 1)) // alignment * alignment
-    moved_by = torch.cat([(padded - sizes).cumsum(0) - (padded - sizes), (padded - sizes).sum(0, keepdim=True)])
-    row_of_sorted = torch.arange(num_copies, device=device) + moved_by[groups]
-    row_of = torch.empty_like(row_of_sorted).scatter_(0, order, row_of_sorted)
-    tokens = torch.zeros(num_rows, dtype=torch.int32, device=device)
-    tokens.scatter_(0, row_of_sorted, (order // copies_of_each).int())
-    taken = torch.zeros(num_rows, dtype=torch.bool, device=device).scatter_(0, row_of_sorted, True)
-    padding = taken.int().argsort(stable=True)[: num_rows - num_copies]
-    return Permutation(
-        rows=row_of.int().view(-1, copies_of_each),
-        tokens=tokens,
-        padding=padding.int(),
-        m_splits=padded,
-        num_tokens_of=sizes,
-    )
-
-
+@unseen
 def permute(x: Tensor, plan: Permutation) -> Tensor:
     """The rows of `x` by expert, each expert's padded with zeros.
 
@@ -114,9 +91,10 @@ def permute(x: Tensor, plan: Permutation) -> Tensor:
     """
     if x.ndim != 2 or x.shape[0] != plan.rows.shape[0]:
         raise ValueError(f"permute takes ({plan.rows.shape[0]}, H), as its plan was made; got {tuple(x.shape)}.")
-    return cast(Tensor, _Permute.apply(x, plan.rows, plan.tokens, plan.padding))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _Permute.apply(x, plan.rows, plan.tokens))  # type: ignore[no-untyped-call]
 
 
+@unseen
 def unpermute(x: Tensor, plan: Permutation, weights: Tensor | None = None) -> Tensor:
     """The sum of the copies of each token, added in float32, rounded once.
 
@@ -130,10 +108,11 @@ def unpermute(x: Tensor, plan: Permutation, weights: Tensor | None = None) -> Te
     if weights is not None and weights.shape != plan.rows.shape:
         raise ValueError(f"weights must be {tuple(plan.rows.shape)}, one for each copy; got {tuple(weights.shape)}.")
     if weights is None:
-        return cast(Tensor, _Unpermute.apply(x, plan.rows, plan.tokens, plan.padding))  # type: ignore[no-untyped-call]
-    return cast(Tensor, _WeightedUnpermute.apply(x, weights, plan.rows, plan.tokens, plan.padding))  # type: ignore[no-untyped-call]
+        return cast(Tensor, _Unpermute.apply(x, plan.rows, plan.tokens))  # type: ignore[no-untyped-call]
+    return cast(Tensor, _WeightedUnpermute.apply(x, weights, plan.rows, plan.tokens))  # type: ignore[no-untyped-call]
 
 
+@unseen
 def weights_of_rows(weights: Tensor, plan: Permutation) -> Tensor:
     """The weight of each row: (C,) from (T, k), 0 in rows that hold no token.
 
@@ -148,39 +127,37 @@ class _Permute(torch.autograd.Function):
     """Rows out to their experts; gradients back."""
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, rows_Tk: Tensor, tokens_C: Tensor, padding: Tensor) -> Tensor:
+    def forward(ctx: Any, x_TH: Tensor, rows_Tk: Tensor, tokens_C: Tensor) -> Tensor:
         ctx.save_for_backward(rows_Tk)
-        return _rows_out(x_TH, tokens_C, padding)
+        return _gathered(x_TH, tokens_C)
 
     @staticmethod
-    def backward(ctx: Any, grad_CH: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad_CH: Tensor) -> tuple[Tensor, None, None]:
         (rows_Tk,) = ctx.saved_tensors
-        return _summed(grad_CH, rows_Tk), None, None, None
+        return _summed(grad_CH, rows_Tk), None, None
 
 
 class _Unpermute(torch.autograd.Function):
     """Rows back to their tokens, summed; gradients out."""
 
     @staticmethod
-    def forward(ctx: Any, x_CH: Tensor, rows_Tk: Tensor, tokens_C: Tensor, padding: Tensor) -> Tensor:
-        ctx.save_for_backward(tokens_C, padding)
+    def forward(ctx: Any, x_CH: Tensor, rows_Tk: Tensor, tokens_C: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_C)
         return _summed(x_CH, rows_Tk)
 
     @staticmethod
-    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None, None]:
-        tokens_C, padding = ctx.saved_tensors
-        return _rows_out(grad_TH, tokens_C, padding), None, None, None
+    def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor, None, None]:
+        (tokens_C,) = ctx.saved_tensors
+        return _gathered(grad_TH, tokens_C), None, None
 
 
 class _WeightedUnpermute(torch.autograd.Function):
     """Rows back to their tokens, weighted and summed."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x_CH: Tensor, weights_Tk: Tensor, rows_Tk: Tensor, tokens_C: Tensor, padding: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, x_CH: Tensor, weights_Tk: Tensor, rows_Tk: Tensor, tokens_C: Tensor) -> Tensor:
         kept = x_CH if ctx.needs_input_grad[1] else None
-        ctx.save_for_backward(kept, weights_Tk, rows_Tk, tokens_C, padding)
+        ctx.save_for_backward(kept, weights_Tk, rows_Tk, tokens_C)
         sum_TH = torch.zeros(rows_Tk.shape[0], x_CH.shape[1], dtype=torch.float32, device=x_CH.device)
         for rows_T, weights_T in zip(rows_Tk.unbind(1), weights_Tk.unbind(1), strict=True):
             sum_TH.addcmul_(x_CH.index_select(0, rows_T), weights_T.float()[:, None])
@@ -188,18 +165,18 @@ class _WeightedUnpermute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
-        x_CH, weights_Tk, rows_Tk, tokens_C, padding = ctx.saved_tensors
+        x_CH, weights_Tk, rows_Tk, tokens_C = ctx.saved_tensors
         dx_CH = dweights_Tk = None
         if ctx.needs_input_grad[0]:
             weights_C = _weights_out(weights_Tk, rows_Tk, tokens_C.shape[0])
-            dx_CH = _rows_out(grad_TH, tokens_C, padding).mul_(weights_C[:, None])
+            dx_CH = _gathered(grad_TH, tokens_C).mul_(weights_C[:, None])
         if x_CH is not None:
             products = [
                 torch.linalg.vecdot(x_CH.index_select(0, rows_T).float(), grad_TH.float())
                 for rows_T in rows_Tk.unbind(1)
             ]
             dweights_Tk = torch.stack(products, dim=1).to(weights_Tk.dtype)
-        return dx_CH, dweights_Tk, None, None, None
+        return dx_CH, dweights_Tk, None, None
 
 
 class _WeightsOfRows(torch.autograd.Function):
@@ -216,15 +193,21 @@ class _WeightsOfRows(torch.autograd.Function):
         return grad_C.index_select(0, rows_Tk.view(-1)).view(rows_Tk.shape), None, None
 
 
-def _rows_out(x_TH: Tensor, tokens_C: Tensor, padding: Tensor) -> Tensor:
-    if x_TH.shape[0] == 0:
-        return x_TH.new_zeros(tokens_C.shape[0], x_TH.shape[1])
-    return x_TH.index_select(0, tokens_C).index_fill_(0, padding.long(), 0.0)
+def _kernels(x: Tensor) -> ModuleType:
+    """The kernels for the device and dtype of `x`."""
+    if not x.is_cuda or x.dtype == torch.float64:
+        return reference
+    from lighterage.kernels.triton import permute as triton
+
+    return triton
+
+
+def _gathered(x_TH: Tensor, tokens_C: Tensor) -> Tensor:
+    return cast(Tensor, _kernels(x_TH).gather_rows(x_TH, tokens_C))
 
 
 def _summed(x_CH: Tensor, rows_Tk: Tensor) -> Tensor:
-    copies = x_CH.index_select(0, rows_Tk.view(-1))
-    return copies if rows_Tk.shape[1] == 1 else copies.view(*rows_Tk.shape, x_CH.shape[1]).sum(1)
+    return cast(Tensor, _kernels(x_CH).sum_rows(x_CH, rows_Tk))
 
 
 def _weights_out(weights_Tk: Tensor, rows_Tk: Tensor, num_rows: int) -> Tensor:
@@ -293,5 +276,6 @@ def _padding(
     ends = torch.as_tensor(m_splits, dtype=torch.int64).to(device).cumsum(0)
     rows = torch.arange(num_rows, device=device)
     groups = torch.searchsorted(ends, rows, right=True)
-    plan = _plan(rows, groups, ends, 1, alignment, capacity_rows)
+    places, tokens, m_splits_padded, of_each = reference.place_sorted(rows, groups, ends, 1, alignment, capacity_rows)
+    plan = Permutation(rows=places, tokens=tokens, m_splits=m_splits_padded, num_tokens_of=of_each)
     return plan, plan.m_splits if padded is None else padded
