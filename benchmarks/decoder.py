@@ -26,7 +26,7 @@ from benchmarks.environment import capture
 from benchmarks.shapes import LLAMA_8B_X8, TINY
 
 POLICIES = (
-    "keep_last=6,release_after=6,prefetch_ahead=4",
+    "keep_last=6,release_after=5,prefetch_ahead=4",
     "keep_last=4,release_after=3,prefetch_ahead=2",
     "keep_last=2",
     "keep_last=1,release_after=1,prefetch_ahead=1",

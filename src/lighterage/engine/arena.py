@@ -29,7 +29,7 @@ _PIN_RETRY_S = 5.0
 _LOOK_AGAIN_S = 0.1
 """For so long what the machine could spare is not asked again: asking takes up to half a millisecond."""
 
-_AT_ONCE = 256 * MIB
+_AT_ONCE = 128 * MIB
 """So much is waited for in any case: it takes some tens of milliseconds."""
 _CLOSED = "the arena is closed"
 _NOT_READY = "host memory was still being made ready, and the device had room"

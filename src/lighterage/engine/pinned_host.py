@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -12,7 +11,6 @@ from .arena import Arena, Block
 from .cuda import copy_batches
 from .lanes import FINISHED, Fence, Resting, Source
 from .streams import await_on
-from .units import round_up
 from .views import as_bytes, byte_view
 
 # Ranges that share a block start on multiples of this many bytes.
@@ -58,10 +56,10 @@ class _RestedInHost:
         return self.shared.left
 
     @property
-    def address(self) -> int | None:
-        """Where the bytes are, if they are in one piece."""
-        start = self.shared.address
-        return None if start is None else start + self._at
+    def address(self) -> int:
+        """Where the bytes are; asked for only where the block has an address."""
+        assert self.shared.address is not None
+        return self.shared.address + self._at
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -127,11 +125,14 @@ class HostTransport(Accelerator):
     def _place(self, sizes: Sequence[int]) -> list[_RestedInHost | None]:
         """Room for ranges that leave together: one block if there is one, or one each."""
         if len(sizes) > 1:
-            starts = list(itertools.accumulate([round_up(size, _ROOM) for size in sizes], initial=0))
-            block = self._arena.acquire(starts[-1], self.has_room)
+            starts, total = [], 0
+            for size in sizes:
+                starts.append(total)
+                total += -(-size // _ROOM) * _ROOM
+            block = self._arena.acquire(total, self.has_room)
             if block is not None:
                 shared = _Shared(block, len(sizes))
-                return [_RestedInHost(shared, at, size) for at, size in zip(starts, sizes, strict=False)]
+                return [_RestedInHost(shared, at, size) for at, size in zip(starts, sizes, strict=True)]
         blocks = [self._arena.acquire(size, self.has_room) for size in sizes]
         return [None if one is None else _RestedInHost(_Shared(one, 1), 0, one.nbytes) for one in blocks]
 
@@ -141,10 +142,13 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
-        to = [one.address for one, _ in work]
-        if self._batches is not None and None not in to:
-            here = [storage.data_ptr() + lo for _, (storage, lo, _) in work]
-            if self._batches.copy(to, here, [one.nbytes for one, _ in work], self._streams.key()):  # type: ignore[arg-type]
+        if self._batches is not None and all(one.shared.address is not None for one, _ in work):
+            to, here, sizes = [], [], []
+            for one, (storage, lo, hi) in work:
+                to.append(one.address)
+                here.append(storage.data_ptr() + lo)
+                sizes.append(hi - lo)
+            if self._batches.copy(to, here, sizes, self._streams.key()):
                 return
         for one, (storage, lo, hi) in work:
             copy_out(one.parts, byte_view(storage, lo, hi))
@@ -182,10 +186,13 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, data in work:
                 self._claim(data, lane, current)
-        here = [one.address for one, _ in work]
-        if self._batches is not None and None not in here:
-            to = [data.data_ptr() for _, data in work]
-            if self._batches.copy(to, here, [one.nbytes for one, _ in work], self._streams.key()):  # type: ignore[arg-type]
+        if self._batches is not None and all(one.shared.address is not None for one, _ in work):
+            to, there, sizes = [], [], []
+            for one, data in work:
+                to.append(data.data_ptr())
+                there.append(one.address)
+                sizes.append(one.nbytes)
+            if self._batches.copy(to, there, sizes, self._streams.key()):
                 return
         for one, data in work:
             copy_in(as_bytes(data.data), one.parts)

@@ -14,7 +14,10 @@ from .units import MIB
 # Linux's number; Python's mmap module does not name it, and its madvise holds the interpreter's lock.
 MADV_POPULATE_WRITE = 23
 _CHUNK = 32 * MIB
+_AHEAD_CHUNK = 8 * MIB
+"""Smaller in the background: while a chunk is committed, nobody else can map memory, and the first step maps much."""
 _MOST_THREADS = 8
+_AHEAD_THREADS = 4
 
 
 def prefault(address: int, nbytes: int) -> None:
@@ -53,12 +56,13 @@ class Frontier:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._chunks: list[Future[object]] = []
+        self._num_done = 0  # chunks from the start on that are known to be committed
         self._pool: ThreadPoolExecutor | None = None
 
     @property
     def committed_or_under_way(self) -> int:
         """Bytes from the start that are committed or soon will be."""
-        return min(len(self._chunks) * _CHUNK, self._nbytes)
+        return min(len(self._chunks) * _AHEAD_CHUNK, self._nbytes)
 
     def advance(self, end: int) -> None:
         """Commit the first `end` bytes some time soon. Returns at once."""
@@ -66,23 +70,25 @@ class Frontier:
         if madvise is None or os.getpid() != self._pid:
             return
         with self._lock:
-            while (begin := len(self._chunks) * _CHUNK) < min(end, self._nbytes):
+            while (begin := len(self._chunks) * _AHEAD_CHUNK) < min(end, self._nbytes):
                 if self._pool is None:
-                    num_threads = min(_MOST_THREADS, os.cpu_count() or 1)
+                    num_threads = min(_AHEAD_THREADS, os.cpu_count() or 1)
                     self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="lighterage-prefault")
-                size = min(_CHUNK, self._nbytes - begin)
+                size = min(_AHEAD_CHUNK, self._nbytes - begin)
                 self._chunks.append(self._pool.submit(madvise, self._address + begin, size, MADV_POPULATE_WRITE))
 
     def has_reached(self, end: int) -> bool:
         """Whether the first `end` bytes are committed, or the kernel has declined."""
-        count = -(-min(end, self._nbytes) // _CHUNK)
-        return len(self._chunks) >= count and all(chunk.done() for chunk in self._chunks[:count])
+        count = -(-min(end, self._nbytes) // _AHEAD_CHUNK)
+        while self._num_done < min(count, len(self._chunks)) and self._chunks[self._num_done].done():
+            self._num_done += 1
+        return self._num_done >= count
 
     def reach(self, end: int) -> None:
         """Return when the first `end` bytes are committed, or the kernel has declined."""
         self.advance(end)
         if os.getpid() == self._pid:
-            wait(self._chunks[: -(-end // _CHUNK)])
+            wait(self._chunks[: -(-end // _AHEAD_CHUNK)])
 
     def stop(self) -> int:
         """End the threads; the bytes from the start that are committed. What comes later is committed when needed."""

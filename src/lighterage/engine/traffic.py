@@ -12,7 +12,7 @@ import torch
 from ..errors import OffloadError
 from ..marks import Mark, mark_of
 from .allocation import Allocation, SavedAt, Stage, Unused
-from .lanes import Transport
+from .lanes import Source, Transport
 from .ledger import Ledger
 from .sections import Section
 from .views import ViewSpec
@@ -123,22 +123,29 @@ class Traffic:
                 chosen.append(allocation)
         if not chosen:
             return
-        batches = [allocation.sources() for allocation in chosen]
+        sources: list[Source] = []
+        ends: list[int] = []
+        for allocation in chosen:
+            sources += allocation.sources()
+            ends.append(len(sources))
         with torch._C._DisableTorchDispatch():
-            resting = iter(transport.evict([source for batch in batches for source in batch]))
-        for allocation, batch in zip(chosen, batches, strict=True):
-            rests = [next(resting) for _ in batch]
-            placed = [rest for rest in rests if rest is not None]
-            if len(placed) < len(batch):
+            resting = transport.evict(sources)
+        start = 0
+        for allocation, end in zip(chosen, ends, strict=True):
+            placed = [rest for rest in resting[start:end] if rest is not None]
+            if len(placed) < end - start:
                 for rest in placed:
                     rest.retire()
                 reason = transport.refusal or "no room at rest"
                 self._ledger.refusals[reason] += 1
                 self._stays(allocation, reason)
-                continue
-            allocation.copied(batch, placed)
-            allocation.row.bytes_out += sum(hi - lo for _, lo, hi in batch)
-            allocation.row.copies_out += len(batch)
+            else:
+                allocation.copied(sources[start:end], placed)
+                row = allocation.row
+                for rest in placed:
+                    row.bytes_out += rest.nbytes
+                row.copies_out += len(placed)
+            start = end
 
     def _stays(self, allocation: Allocation, reason: str) -> None:
         allocation.keep(reason)
