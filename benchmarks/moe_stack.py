@@ -18,12 +18,12 @@ from pathlib import Path
 import torch
 
 from benchmarks import moe_stack_cases as cases
-from benchmarks.decoder_cases import Row
+from benchmarks.decoder_cases import Row, link_rates
 from benchmarks.environment import capture
 from benchmarks.moe_stack_model import RECIPES, StackShape
 from benchmarks.moe_stack_report import to_markdown
 
-CASES = ("steps", "models", "bytes", "host")
+CASES = ("steps", "host", "bytes", "models")
 STACK = StackShape(name="6 grouped MLPs", layers=6, experts=64, tokens=32768, hidden=4096, features=2048)
 HOST_BOUND = StackShape(name="6 narrow MLPs", layers=6, experts=64, tokens=2048, hidden=256, features=128)
 TINY = StackShape(name="3 tiny MLPs", layers=3, experts=4, tokens=512, hidden=64, features=32)
@@ -44,6 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     rates = {name: known if recipe is not None else cases.bf16_rates(device, known) for name, recipe in RECIPES.items()}
     results: Row = {"environment": dataclasses.asdict(environment), "rates": dataclasses.asdict(known)}
     results["bf16_flops"] = rates["bf16"].product_flops
+    results["links"] = link_rates(device, rounds=4)
     stack = TINY if args.tiny else STACK
     experts = [stack.experts] if args.tiny else args.experts
     counts = {"rounds": 2 if args.tiny else 5 if quick else 15, "warm": 1 if args.tiny else 3}
@@ -78,12 +79,12 @@ def main(argv: list[str] | None = None) -> int:
             results[case] = measure[case]()
             _empty(device)
             print(f"{case}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    text = to_markdown(results, environment)
-    print(text)
-    if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "moe_stack.md").write_text(text + "\n")
-        (args.out / "moe_stack.json").write_text(json.dumps(results, indent=1) + "\n")
+            text = to_markdown(results, environment)
+            if args.out is not None:  # after each case, so that a run that is cut short leaves what it has
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / "moe_stack.md").write_text(text + "\n")
+                (args.out / "moe_stack.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(to_markdown(results, environment))
     return 0
 
 

@@ -23,13 +23,14 @@ def to_markdown(results: Row, environment: Environment) -> str:
         + f"\n- device: copy {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s read + written; dense products of "
         f"16384×4096×4096 FP8 1×128 by 128×128 {rates['product_flops'] / 1e12:.0f} TFLOP/s, 1×128 by 1×128 "
         f"{rates['weight_gradient_flops'] / 1e12:.0f}, bf16 {results['bf16_flops'] / 1e12:.0f}"
-        "\n- limit: every pass at those rates, its operands read once and its results written once, one after another",
+        + _link(results["links"])
+        + "\n- limit: every pass at those rates, operands read once and results written once, one after another",
     ]
     if results.get("steps") or results.get("host"):
         parts += ["## What was to be reached", table(["case", "measured", "target", ""], targets(results))]
     for case, title in (("steps", "## Steps of the stack"), ("models", "## Two layers of models")):
         if results.get(case):
-            parts += [title, _steps(results[case])]
+            parts += [title, _steps(results[case], results["links"])]
     if "bytes" in results:
         rows = [[row["recipe"], f"{row['measured']:.1f}", f"{row['formula']:.1f}"] for row in results["bytes"]]
         parts += ["## Bytes saved a token and layer", table(["recipe", "measured", "by the formula"], rows)]
@@ -88,7 +89,15 @@ def targets(results: Row) -> list[list[str]]:
     ]
 
 
-def _steps(rows: list[Row]) -> str:
+def _link(links: Row) -> str:
+    if links["out_gb_s"] is None:
+        return ""
+    return (
+        f"\n- link: {links['out_gb_s']:.1f} GB/s out, {links['in_gb_s']:.1f} in, {links['both_gb_s']:.1f} both at once"
+    )
+
+
+def _steps(rows: list[Row], links: Row) -> str:
     lines = []
     for row in rows:
         device, stats = row["device"], row.get("stats")
@@ -112,9 +121,18 @@ def _steps(rows: list[Row]) -> str:
                 f"{stats['copies_out']} / {stats['copies_in']}" if stats else "",
                 gib(stats["bytes_out"]) if stats else "",
                 freed,
+                _link_ms(stats, links) if stats else "",
                 f"{stats['late_ms']:.1f}" if stats else "",
             ]
         )
     header = ["shape", "experts", "recipe", "mode", "device ms", "min – max", "limit ms", "host forward ms", "host ms"]
-    header += ["launches", "GiB held after forward", "copies out / in", "GiB out", "GiB freed of saved", "late ms"]
+    header += ["launches", "GiB held after forward", "copies out / in", "GiB out", "GiB freed of saved"]
+    header += ["link ms, out + in", "late ms"]
     return table(header, lines)
+
+
+def _link_ms(stats: Row, links: Row) -> str:
+    """What the copies take at the link's rates: out while forward runs, in while backward does."""
+    if links["out_gb_s"] is None:
+        return ""
+    return f"{stats['bytes_out'] / links['out_gb_s'] / 1e6:.1f} + {stats['bytes_in'] / links['in_gb_s'] / 1e6:.1f}"
