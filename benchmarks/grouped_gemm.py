@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -67,8 +68,6 @@ def times_ms(call: Callable[[], object], repeats: int) -> list[float]:
 
 def host_us(call: Callable[[], object], repeats: int = 10) -> float:
     """Median host microseconds of a call that is not waited for."""
-    import time
-
     times = []
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -103,9 +102,9 @@ class Layer:
     def ways(self, product: str) -> dict[str, Callable[[], object] | None]:
         """What can be timed, by the name of its column."""
         num_in, num_out = self.sizes
-        triton, loop = (
-            choose_backend(name, "fp8_block", torch.device("cuda"), self.splits) for name in ("triton", "torch")
-        )
+        cuda = torch.device("cuda")
+        triton = choose_backend("triton", "fp8_block", cuda, self.splits, power_of_2_scales=True)
+        loop = choose_backend("torch", "fp8_block", cuda, self.splits)
         offs = self.splits.ends_int32
         rows, experts = self.shape.rows, self.shape.experts
 
@@ -224,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="folder to write the table and the figures into")
     parser.add_argument("--all", action="store_true", help="every shape; otherwise the stacks of 64 and 8 experts")
-    parser.add_argument("--repeats", type=int, default=25)
+    parser.add_argument("--repeats", type=int, default=20)
     arguments = parser.parse_args()
     environment = capture(torch.device("cuda"), "benchmarks.grouped_gemm")
     rows = []

@@ -49,7 +49,12 @@ class GemmBackend(Protocol):
 
 
 def choose_backend(
-    name: BackendName, format_name: str | None, device: torch.device, splits: Splits | None = None
+    name: BackendName,
+    format_name: str | None,
+    device: torch.device,
+    splits: Splits | None = None,
+    *,
+    power_of_2_scales: bool = False,
 ) -> GemmBackend:
     """The backend for operands of one format: chosen once, for a call and for its backward.
 
@@ -58,6 +63,7 @@ def choose_backend(
         "auto": what is fastest on the device.
     format_name: "fp8_block", "mxfp8", "nvfp4", or None for operands that are not quantized.
     splits: how the rows are split; "auto" looks at sizes that the host knows.
+    power_of_2_scales: the FP8 block scales of inputs and gradients are known to be powers of two. Changes speed alone.
 
     Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device.
     """
@@ -72,7 +78,7 @@ def choose_backend(
             f"the GEMM backend {chosen!r} does not multiply {format_name or 'operands that are not quantized'}. "
             f"Pass 'auto' or one of {', '.join(map(repr, _BY_FORMAT[format_name]))}."
         )
-    return _make(chosen, format_name, device, splits)
+    return _make(chosen, format_name, device, splits, power_of_2_scales)
 
 
 def _fastest(format_name: str | None, device: torch.device, splits: Splits | None) -> str:
@@ -96,7 +102,9 @@ def _few_large(splits: Splits) -> bool:
     return num_busy > 0 and splits.num_rows >= LARGE_ROWS * num_busy
 
 
-def _make(name: str, format_name: str | None, device: torch.device, splits: Splits | None) -> GemmBackend:
+def _make(
+    name: str, format_name: str | None, device: torch.device, splits: Splits | None, power_of_2_scales: bool
+) -> GemmBackend:
     from lighterage.ops.gemm_reference import ReferenceBackend
 
     if name == "reference" or (format_name is None and device.type != "cuda"):
@@ -110,9 +118,9 @@ def _make(name: str, format_name: str | None, device: torch.device, splits: Spli
         return ScaledMMBackend()
     _check_triton(name, device)
     if name == "triton":
-        from lighterage.ops.gemm_triton import TritonBackend
+        from lighterage.ops.gemm_triton import TritonBackend, has_hopper_kernel
 
-        return TritonBackend()
+        return TritonBackend(hopper=has_hopper_kernel(device), power_of_2_scales=power_of_2_scales)
     from lighterage.ops.gemm_emulation import EmulationBackend
 
     return EmulationBackend()

@@ -32,7 +32,7 @@ from lighterage.ops.per_tensor import (
 )
 from lighterage.ops.quantized_rows import quantized_rows
 from lighterage.ops.swiglu import swiglu_activation
-from lighterage.recipes import Float8CurrentScaling, Recipe, Role
+from lighterage.recipes import Float8BlockScaling, Float8CurrentScaling, Recipe, Role
 
 Operand: TypeAlias = torch.Tensor | SplitTensors | ScaledCodes
 Shell: TypeAlias = SplitTensors | ScaledCodes | None
@@ -122,7 +122,8 @@ def choose_products(splits: Splits, recipe: Recipe | None, backend: BackendName)
         chosen = choose_per_tensor_backend(backend, splits.device)
     else:
         format_name = None if recipe is None else recipe.format_name
-        chosen = choose_backend(backend, format_name, splits.device, splits)
+        power_of_2 = isinstance(recipe, Float8BlockScaling) and recipe.power_of_2_scale
+        chosen = choose_backend(backend, format_name, splits.device, splits, power_of_2_scales=power_of_2)
     return GroupedProducts(
         splits=splits, recipe=recipe, backend=chosen, seed=None if recipe is None else recipe.draw_seed()
     )

@@ -286,11 +286,11 @@ def grouped_wgrad(
     dy_dtype: torch.dtype,
     x_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    tile_m: int = 128,
+    tile_m: int = 64,
     tile_n: int = 128,
     group: int = 8,
-    num_warps: int = 8,
-    num_stages: int = 4,
+    num_warps: int = 4,
+    num_stages: int = 3,
 ) -> torch.Tensor:
     """Every expert's weight gradient, contracted along its rows, in one launch on the current stream.
 

@@ -1,4 +1,4 @@
-"""What the grouped kernels for Hopper have in common: stages of shared memory, products in flight, tiles in order.
+"""The parts of the grouped kernel for Hopper: stages of shared memory, products in flight, tiles in order.
 
 Note [Roles]
 A program stays on its multiprocessor and takes one tile of the result after another. One warp loads: it asks the TMA

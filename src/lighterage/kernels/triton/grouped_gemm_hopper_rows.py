@@ -2,8 +2,8 @@
 
 Note [Scales that are powers of two]
 With such a scale of a's the product of both scales is exact, and so is a slab's product times a's. Then
-`fma(P, scale_a * scale_b, y)` has the bits of `fma(round(P * scale_a), scale_b, y)` at half the cost, for all but
-results below the least normal float32.
+`fma(P, scale_a * scale_b, y)` has the bits of `fma(round(P * scale_a), scale_b, y)` at half the cost, as long as the
+product of the scales and every slab's product lie within float32's range.
 """
 
 from __future__ import annotations
