@@ -23,7 +23,7 @@ from benchmarks.environment import capture
 from benchmarks.moe_stack_model import RECIPES, StackShape
 from benchmarks.moe_stack_report import to_markdown
 
-CASES = ("steps", "host", "bytes", "models")
+CASES = ("steps", "launches", "host", "bytes", "models")
 STACK = StackShape(name="6 grouped MLPs", layers=6, experts=64, tokens=32768, hidden=4096, features=2048)
 HOST_BOUND = StackShape(name="6 narrow MLPs", layers=6, experts=64, tokens=2048, hidden=256, features=128)
 TINY = StackShape(name="3 tiny MLPs", layers=3, experts=4, tokens=512, hidden=64, features=32)
@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
 
     measure = {
         "steps": lambda: steps([dataclasses.replace(stack, experts=num) for num in experts]),
+        "launches": lambda: cases.launches(device),
         "models": lambda: steps([] if args.tiny else list(MODELS)),
         "bytes": lambda: cases.bytes_saved(stack, device),
         "host": lambda: [

@@ -15,6 +15,7 @@ import torch
 import lighterage
 from benchmarks.decoder_cases import Row, spread, synchronize
 from benchmarks.moe_stack_model import RECIPES, Rates, Stack, StackShape, limit_ms, saved_bytes_by_formula
+from lighterage.ops import grouped_linear
 
 KEPT_LAYERS = 2
 
@@ -155,6 +156,27 @@ def _launches(stack: Stack, x: torch.Tensor, gradient: torch.Tensor) -> int | No
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         stack(x).backward(gradient)
         synchronize(x.device)
+    return _kernels(profile)
+
+
+def launches(device: torch.device) -> Row:
+    """Kernels of one forward and backward of a grouped layer in FP8 blocks, on the grouped path."""
+    counts: Row = {}
+    for experts in (8, 64, 256) if device.type == "cuda" else ():
+        weight = torch.randn(experts, 512, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+        x = torch.randn(32768, 512, device=device, dtype=torch.bfloat16, requires_grad=True)
+        splits = [len(x) // experts] * experts
+        for _ in range(2):  # the first time kernels are compiled
+            weight.grad = x.grad = None
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+                y = grouped_linear(x, weight, splits, recipe=RECIPES["fp8_block"], backend="triton")
+                y.backward(x.detach())
+                synchronize(device)
+        counts[str(experts)] = _kernels(profile)
+    return counts
+
+
+def _kernels(profile: torch.profiler.profile) -> int:
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return sum(not event.name.startswith(("Memcpy", "Memset")) for event in on_device)
 

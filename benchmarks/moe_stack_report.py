@@ -61,7 +61,6 @@ def to_markdown(results: Row, environment: Environment) -> str:
 def targets(results: Row) -> list[list[str]]:
     """One row for each target: case, measured, target, verdict."""
     rows: list[list[str]] = []
-    launches: dict[str, dict[int, int]] = {}
     for row in results.get("steps", []):
         of_fp8 = row["recipe"] == "fp8_block"
         if row["mode"] == "none" and of_fp8 and row["experts"] in STEP_MS:
@@ -69,19 +68,16 @@ def targets(results: Row) -> list[list[str]]:
                 judge(f"{row['experts']} experts, FP8 block, step ms", row["device"]["median"], STEP_MS[row["experts"]])
             )
             rows[-1][0] += f" (limit {row['limit_ms']:.1f}; Transformer Engine {PEER_MS[row['experts']]})"
-        if row["mode"] == "none" and row["launches"] is not None:
-            launches.setdefault(row["recipe"], {})[row["experts"]] = row["launches"]
         if row["mode"] == "offload" and of_fp8:
             case = f"{row['experts']} experts, {row['layers_moved']} layers offloaded"
             if row["held_bytes"]:
                 share = row["freed_bytes"] / row["saved_by_them_bytes"]
                 rows.append([f"{case}: freed of saved", f"{share:.1%}", "≥ 97 %", verdict(share >= 0.97)])
             rows.append(judge(f"{case}: copies out a layer", row["copies_a_layer"], 8.0))
-    for name, found in launches.items():
-        if len(found) > 1:
-            same = len(set(found.values())) == 1
-            text = ", ".join(f"{count} at {experts}" for experts, count in found.items())
-            rows.append([f"{name}: launches of a step", text, "equal", verdict(same)])
+    if counts := results.get("launches"):
+        text = ", ".join(f"{count} at {experts}" for experts, count in counts.items())
+        case = "launches of a grouped layer, forward and backward, by experts"
+        rows.append([case, text, "equal", verdict(len(set(counts.values())) == 1)])
     host = results.get("host", [])
     return rows + [
         judge(f"{row['shape']['experts']} experts: host µs added a layer", row["added_us_a_layer"], 200.0)
