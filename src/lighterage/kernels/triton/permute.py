@@ -16,7 +16,7 @@ import triton.language as tl
 
 from lighterage.kernels.triton.launch import launch, on_device_of
 
-_TABLE = 16384  # entries of a block's table, which lies in registers
+_TABLE = 8192  # entries of a block's table, which lies in registers
 _MAX_COLS = 2048  # columns that a program of the row kernels has at a time
 
 
