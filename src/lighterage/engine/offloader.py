@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
-from typing import NoReturn
+from typing import Literal, NoReturn, get_args
 
 import torch
 from torch import nn
@@ -27,13 +27,17 @@ from .packing import Packer
 from .policy import Policy
 from .report import Report, build_report
 from .scopes import BetweenSections, Recorder, why_stand_aside
-from .sections import KEEP_LAST, BackwardOrder, LiveSection, Section
+from .sections import KEEP_LAST, KEEP_SECTION, BackwardOrder, LiveSection, Section
 from .stores import Stores
 from .traffic import Traffic
 from .views import ViewSpec
 
 # Device memory is compared with what was saved in the first steps only: asking costs tens of microseconds.
 WATCH_MEMORY_STEPS = 3
+
+
+SectionPlan = Literal["policy", "manual", "keep"]
+"""Who decides what moves of one section: the policy, calls of `evict` and `release`, or nobody: all of it stays."""
 
 
 class _Threads(threading.local):
@@ -94,7 +98,7 @@ class Offloader:
             self._attachments.append(Attachment(self._modules.root, self._root_scope))
 
     @contextlib.contextmanager
-    def _scope(self, name: str, position: int | None) -> Iterator[LiveSection | None]:
+    def _scope(self, name: str, position: int | None, plan: SectionPlan = "policy") -> Iterator[LiveSection | None]:
         reason = self._why_stand_aside()
         if reason is not None:
             self._stand_aside(name, position, reason)
@@ -102,7 +106,10 @@ class Offloader:
             return
         if self._threads.between:
             self._threads.between[-1].end_stretch(position)
-        section = self._open_section(name, self._keep_reason(name, position))
+        keep_reason = (
+            KEEP_SECTION if plan == "keep" else self._keep_reason(name, position) if plan == "policy" else None
+        )
+        section = self._open_section(name, keep_reason, by_hand=plan == "manual")
         before = self._device_bytes()
         try:
             with torch.autograd.graph.saved_tensors_hooks(Recorder(self._packer.pack, section), unpack):
@@ -147,23 +154,29 @@ class Offloader:
                 self._pass_section()
 
     @unseen
-    def section(self, name: str) -> contextlib.AbstractContextManager[LiveSection | None]:
+    def section(
+        self, name: str, *, plan: SectionPlan = "policy"
+    ) -> contextlib.AbstractContextManager[LiveSection | None]:
         """A section around code that is not an nn.Module. Entering gives the section, or None where it stands aside.
 
         Args:
             name: what the report calls it; the same name for the same code in every step.
+            plan: `"policy"`: as the policy says. `"manual"`: nothing is copied out before `evict`, nor let go of before
+                `release`. `"keep"`: all that it saves stays on the device.
 
         Raises:
-            TypeError, ValueError: `name` is not a string, or an empty one.
+            TypeError, ValueError: `name` is not a string, or an empty one; no such plan.
             OffloadError: the offloader is closed.
         """
         if not isinstance(name, str):
             raise TypeError(f"a section's name is a string; got {name!r}.")
         if not name:
             raise ValueError('a section needs a name that tells its code: offloader.section("encoder").')
+        if plan not in get_args(SectionPlan):
+            raise ValueError(f'plan is "policy", "manual" or "keep"; got {plan!r}.')
         if self._closed:
             raise OffloadError(f"section({name!r}) came after close(). Make a new offloader with lighterage.offload.")
-        return Unseen(self._scope(name, None))
+        return Unseen(self._scope(name, None, plan))
 
     # --- sections -------------------------------------------------------------------------------------------------
 
@@ -183,11 +196,11 @@ class Offloader:
             reason = "after the last section: backward begins with it"
         return self._open_section(f"{self._modules.root_name}, {where}", reason, gap=True)
 
-    def _open_section(self, name: str, keep_reason: str | None, gap: bool = False) -> Section:
+    def _open_section(self, name: str, keep_reason: str | None, gap: bool = False, by_hand: bool = False) -> Section:
         with self._lock:
             self._tidy()
             self._num_open += 1
-            return Section(self, name, keep_reason, gap)
+            return Section(self, name, keep_reason, gap, by_hand)
 
     def _first_save(self, section: Section) -> None:
         with self._lock:
@@ -224,7 +237,8 @@ class Offloader:
             self._traffic.flush()
             if section.index is not None:
                 section.ended_at = self._num_passed
-                self._unreleased.append(weakref.ref(section))
+                if not section.by_hand:
+                    self._unreleased.append(weakref.ref(section))
                 if not section.gap and not self._modules.has(section.name):
                     self._named.pop(section.name, None)
                     self._named[section.name] = None

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 KEEP_LAST = "keep_last"
 """The reason for which a section at the end of forward stays."""
 
+KEEP_SECTION = 'plan="keep"'
+"""The reason for which a section stays that was opened so."""
+
 
 class Section:
     """One forward pass of one wrapped module, or of one `with offloader.section(name)`.
@@ -26,6 +29,7 @@ class Section:
     __slots__ = (
         "__weakref__",
         "allocations",
+        "by_hand",
         "ended_at",
         "gap",
         "index",
@@ -38,11 +42,15 @@ class Section:
         "visited",
     )
 
-    def __init__(self, owner: Offloader, name: str, keep_reason: str | None, gap: bool = False) -> None:
+    def __init__(
+        self, owner: Offloader, name: str, keep_reason: str | None, gap: bool = False, by_hand: bool = False
+    ) -> None:
         self.owner = owner
         self.name = name
         self.gap = gap
         """Whether it is what a module's forward saved between two sections, rather than a section that was named."""
+        self.by_hand = by_hand
+        """Whether it is evicted and released on request alone."""
         self.keep_reason = keep_reason
         """Why all that it saves stays on the device, or None."""
         self.open = True

@@ -60,7 +60,7 @@ class Traffic:
 
     def gather(self, allocation: Allocation, section: Section, fresh: int, mark: Mark | None) -> None:
         """Queue `fresh` more bytes of an allocation for copying; what was gathered before them may start."""
-        if self._only_marked and mark is not Mark.OFFLOAD:
+        if section.by_hand or (self._only_marked and mark is not Mark.OFFLOAD):
             section.undecided.append(weakref.ref(allocation))
             return
         transport = allocation.transport
@@ -99,13 +99,13 @@ class Traffic:
             self._gathered_by = None
 
     def decide(self, section: Section) -> None:
-        """Copy what `section` saved and what has been marked `mark_offload` since."""
+        """Copy what `section` saved and was not copied at once: what was marked since, or was to wait for this call."""
         undecided, section.undecided = section.undecided, []
         for ref in undecided:
             allocation = ref()
             if allocation is None or not allocation.pending:
                 continue
-            if mark_of(allocation.key) is Mark.OFFLOAD:
+            if not self._only_marked or mark_of(allocation.key) is Mark.OFFLOAD:
                 self._evict([allocation], allocation.transport)
             else:
                 section.undecided.append(ref)
