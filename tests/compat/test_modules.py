@@ -165,6 +165,18 @@ def test_layers_begin_as_theirs_do():
     assert list(te.GroupedLinear(2, 8, 4).state_dict()) == ["weight0", "weight1", "bias0", "bias1"]
 
 
+def test_state_dicts_of_theirs_load_with_their_extra_state():
+    model = nn.Sequential(te.Linear(8, 8), te.GroupedLinear(2, 8, 8), te.DotProductAttention(2, 8), te.ops.Linear(8, 8))
+    theirs = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    extra = {f"{index}._extra_state": torch.empty(0, dtype=torch.uint8) for index in range(4)}
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    for one in (model, copied):
+        one.load_state_dict(theirs | extra)
+        assert all(torch.equal(value, theirs[name]) for name, value in one.state_dict().items())
+        with pytest.raises(RuntimeError, match="Unexpected"):
+            one.load_state_dict(theirs | {"0.other": torch.empty(0)})
+
+
 def test_a_bias_can_be_returned_instead_of_added():
     x = rows(6, 16)
     layer = te.Linear(16, 8, return_bias=True, params_dtype=torch.bfloat16)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lighterage import ops
+from lighterage.compat.transformer_engine.checkpoints import accept_extra_state
 from lighterage.compat.transformer_engine.honesty import RNG_TRACKER, TENSOR_PARALLEL, refuse
 
 FORMATS = ("sbhd", "bshd", "thd")
@@ -77,6 +78,7 @@ class DotProductAttention(nn.Module):
         self.attention_dropout, self.softmax_scale = attention_dropout, softmax_scale
         self.qkv_format, self.attn_mask_type, self.window_size = qkv_format, attn_mask_type, window_size
         self.layer_number, self.attention_type = layer_number, attention_type
+        accept_extra_state(self)
         # A packed layer's mask may be named in forward alone, as their default is a mask of other formats.
         if qkv_format != "thd":
             _causal(qkv_format, attn_mask_type, window_size)

@@ -9,6 +9,7 @@ from torch import nn
 
 from lighterage import nn as lighterage_nn
 from lighterage import ops
+from lighterage.compat.transformer_engine.checkpoints import accept_extra_state
 from lighterage.compat.transformer_engine.honesty import (
     MAIN_GRAD,
     OVERLAP,
@@ -77,6 +78,7 @@ class Linear(lighterage_nn.Linear):
         self.name = name or ub_name
         self.return_bias = return_bias
         self._region = RegionRecipe()
+        accept_extra_state(self)
         initialise(self, init_method)
 
     def forward(  # type: ignore[override]
@@ -151,6 +153,7 @@ class GroupedLinear(lighterage_nn.GroupedLinear):
         self.name = name or ub_name
         self.return_bias = return_bias
         self._region = RegionRecipe()
+        accept_extra_state(self)
         initialise(self, init_method)
 
     def forward(  # type: ignore[override]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lighterage import ops as lighterage_ops
+from lighterage.compat.transformer_engine.checkpoints import accept_extra_state
 from lighterage.compat.transformer_engine.honesty import MAIN_GRAD, RNG_TRACKER, TENSOR_PARALLEL, refuse
 from lighterage.compat.transformer_engine.linear import device_of
 from lighterage.compat.transformer_engine.quantized_regions import RegionRecipe
@@ -51,6 +52,7 @@ class Linear(_Linear):
         )
         super().__init__(in_features, out_features, bias=bias, device=device_of(device), dtype=dtype)
         self._region = RegionRecipe()
+        accept_extra_state(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(*, in_features) to (*, out_features)."""
@@ -95,6 +97,7 @@ class GroupedLinear(_GroupedLinear):
             single_weight=False,
         )
         self._region = RegionRecipe()
+        accept_extra_state(self)
 
     @property
     def num_groups(self) -> int:
