@@ -103,12 +103,31 @@ def test_the_first_num_layers_layers_move_and_their_memory_is_freed(num_offloade
 def test_in_forward_no_more_layers_are_on_the_device_than_promised():
     layers = watched(8)
     context, sync = get_context(num_layers=5, model_layers=8)
-    runner, h, most = Runner(context, sync), batch(1), 0
+    counts: list[int] = []
+
+    def run(layer: Watched, h: Tensor) -> Tensor:
+        h = layer(h)
+        counts.append(sum(layer.num_on_device for layer in layers))  # before this one has ended
+        return h
+
+    runner, h = Runner(context, sync), batch(1)
     for layer in layers:
-        h = runner.run(layer, h)
-        most = max(most, sum(layer.num_on_device for layer in layers))
-    assert most == 8 - 5
+        h = runner.run(lambda h, layer=layer: run(layer, h), h)
+    assert counts == [1, 2, 3, 3, 3, 3, 3, 3]
     h.sum().backward()
+
+
+def test_warnings_name_the_callers_line():
+    layer, x = te.Linear(4, 4), torch.randn(2, 4, device=DEVICE)
+    calls = [
+        lambda: te.get_cpu_offload_context(enabled=True, model_layers=4, double_buffering=True),
+        lambda: layer(x, is_first_microbatch=True),
+        lambda: te.autocast(enabled=False, calibrating=True),
+    ]
+    for call in calls:
+        with pytest.warns(te.NotHonoured) as caught:
+            call()
+        assert [warning.filename for warning in caught] == [__file__]
 
 
 def test_is_cpu_offload_enabled_tells_whether_this_thread_is_inside():

@@ -306,6 +306,9 @@ def test_layers_are_numbered_as_they_run():
     with pytest.raises(RuntimeError):
         runner.run(lambda h: h @ h, runner.forward(layers[:3], batch(1)))
     assert names() == expected
+    with pytest.raises(RuntimeError):
+        runner.run(lambda h: h @ h, batch(1))  # in the first layer: nothing was saved that could be seen to go
+    assert names() == expected
     held = [runner.forward(layers, batch(seed)) for seed in range(3)]
     assert [s.name for s in context.offloader.sections] == expected * 3
     del held

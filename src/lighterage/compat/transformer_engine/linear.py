@@ -202,7 +202,7 @@ def _check_microbatch(is_first_microbatch: bool | None) -> None:
         warn_not_honoured(
             f"is_first_microbatch={is_first_microbatch}",
             "weights are quantized in every forward, so that none can be stale; the values are the same.",
-            stacklevel=5,
+            stacklevel=6,  # past nn.Module's own calls
         )
 
 
