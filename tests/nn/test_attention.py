@@ -10,6 +10,7 @@ import lighterage
 from lighterage.formats import Float8BlockQuantizer, Float8BlockTensor
 from lighterage.nn import DotProductAttention, SelfAttention
 from lighterage.nn.attention import positions_of
+from lighterage.recipes import Float8BlockScaling
 from tests.nn.layers import RECIPES
 
 
@@ -53,6 +54,34 @@ def test_packed_sequences_are_sequences_side_by_side(name):
 
 def test_positions_begin_anew_in_each_sequence():
     assert positions_of(7, torch.tensor([0, 3, 3, 7])).tolist() == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_wrong_options_are_refused_when_the_module_is_made():
+    with pytest.raises(ValueError, match="dropout must be"):
+        DotProductAttention(dropout=2.0)
+    with pytest.raises(ValueError, match="dropout must be"):
+        SelfAttention(32, 2, dropout=float("nan"))
+    with pytest.raises(ValueError, match="mark_output must be"):
+        DotProductAttention(mark_output="x")
+    with pytest.raises(TypeError, match=r"recipe\.quantizer"):
+        DotProductAttention(output_quantizer=Float8BlockScaling())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("how", ["argument", "context", "to"])
+def test_positions_are_made_anew_when_a_model_comes_from_the_meta_device(how: str, assign: bool) -> None:
+    module, x = SelfAttention(32, 2, max_positions=64), torch.randn(2, 64, 32)
+    if how == "argument":
+        other = SelfAttention(32, 2, max_positions=64, device="meta")
+    elif how == "context":
+        with torch.device("meta"):
+            other = SelfAttention(32, 2, max_positions=64)
+    else:
+        other = SelfAttention(32, 2, max_positions=64).to("meta")
+    if not assign:
+        other = other.to_empty(device="cpu")
+    other.load_state_dict(module.state_dict(), assign=assign)
+    assert torch.equal(other(x), module(x))
 
 
 def test_positions_stay_exact_when_the_model_is_cast():

@@ -164,7 +164,7 @@ class NVFP4Quantizer:
         if self.with_rht and self.columnwise and x.dtype != torch.bfloat16:
             raise TypeError(
                 f"NVFP4 with the Hadamard transform needs torch.bfloat16; got {x.dtype} (x: {tuple(x.shape)}). "
-                "Cast x to bf16, or pass with_rht=False."
+                "Cast x to bf16, or pass with_rht=False (of a recipe: random_hadamard_transform=False)."
             )
 
     def draw_seed(self) -> int | None:

@@ -5,6 +5,9 @@ Shape suffixes: B sequences, S tokens of each, D model width, N query heads, G h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 from torch import Tensor, nn
 
@@ -30,8 +33,18 @@ class DotProductAttention(nn.Module):
         """causal, scale, output_quantizer, mark_output: as of `lighterage.ops.attention`.
 
         dropout: of the weights, in training only.
+        Raises: ValueError, TypeError: on a probability that is none, an unknown mark, or no quantizer.
         """
         super().__init__()
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must be at least 0 and less than 1; got {dropout}.")
+        if mark_output not in (True, False, "auto"):
+            raise ValueError(f'mark_output must be True, False or "auto"; got {mark_output!r}.')
+        if output_quantizer is not None and not callable(output_quantizer):
+            raise TypeError(
+                f"output_quantizer must be a quantizer; got {output_quantizer!r}. Of a recipe pass "
+                'recipe.quantizer("input", rowwise=True, columnwise=True).'
+            )
         self.causal = causal
         self.scale = scale
         self.dropout = dropout
@@ -120,8 +133,19 @@ class SelfAttention(nn.Module):
             hidden_size, hidden_size, bias=False, recipe=recipe, save_original_input=True, device=device, dtype=dtype
         )
         # As whole numbers, because a model that is cast to another dtype casts its floating buffers too.
-        table = rotary_table(max_positions, self.head_width, base=rotary_base, device=device)
-        self.register_buffer("table_bits", table.view(torch.int32), persistent=False)
+        self.register_buffer("table_bits", self._table_bits().to(self.out.weight.device), persistent=False)
+
+    def _table_bits(self) -> Tensor:
+        # On the CPU, so that a model has the same table wherever it was made and moved.
+        return rotary_table(self.max_positions, self.head_width, base=self.rotary_base, device="cpu").view(torch.int32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `to_empty` hands out memory without contents, and no state dict holds the table.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if not self.table_bits.is_meta:
+            with torch.no_grad():
+                self.table_bits.copy_(self._table_bits())
+        return self
 
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); or (T, D) of packed sequences, which end at `cu_seqlens`, to (T, D).
@@ -129,6 +153,8 @@ class SelfAttention(nn.Module):
         Raises: ValueError: if a sequence is longer than `max_positions`, where the host knows.
         """
         num_tokens = x.shape[-2]
+        if self.table_bits.device != x.device:  # made on "meta", and given parameters by assignment
+            self.table_bits = self._table_bits().to(x.device)
         table = self.table_bits.view(torch.float32)
         if cu_seqlens is not None:
             table = table.index_select(1, positions_of(num_tokens, cu_seqlens.to(x.device)))

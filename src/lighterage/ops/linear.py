@@ -30,6 +30,8 @@ def linear(
     save_original_input, backend: as of `grouped_linear`, of which this is the case of one expert: the input is
         quantized once, and its columnwise buffer is the one tensor that is saved for backward.
 
+    Any number of rows will do: what the format lacks of a multiple is filled with zeros, which costs a copy of x.
+
     Returns: (*, N) of x's dtype. Under autocast, and with torch.compile, it does as `grouped_linear` does.
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
@@ -51,4 +53,13 @@ def _quantized_linear(
         raise ValueError(f"weight must be (N, K); got {tuple(weight.shape)}. Experts have ops.grouped_linear.")
     bias_1N = None if bias is None else bias[None]
     num_rows = x.numel() // max(x.shape[-1], 1) if x.ndim else 0
+    assert recipe is not None
+    missing = -num_rows % recipe.row_multiple
+    if missing and type(x) in (torch.Tensor, torch.nn.Parameter) and x.ndim and x.shape[-1] == weight.shape[1]:
+        # Zeros change no scale and no gradient: blocks are as they would be if they could end early.
+        padded = F.pad(x.reshape(num_rows, -1), (0, 0, 0, missing))
+        y = apply_grouped_linear(
+            padded, weight[None], bias_1N, [num_rows + missing], recipe, save_original_input, backend
+        )
+        return y[:num_rows].view(*x.shape[:-1], y.shape[-1])
     return apply_grouped_linear(x, weight[None], bias_1N, [num_rows], recipe, save_original_input, backend)
