@@ -120,7 +120,7 @@ def _not_freed(plain: RunResult, moved: RunResult) -> list[str]:
     if moved.peak_bytes >= plain.peak_bytes:
         return [
             f"nothing was freed: {moved.stats.bytes_out / _MIB:.1f} MiB were moved, but the device held "
-            f"{moved.peak_bytes / _MIB:.1f} MiB at the peak with offload and {plain.peak_bytes / _MIB:.1f} MiB without. "
+            f"{moved.peak_bytes / _MIB:.1f} MiB at the peak with and {plain.peak_bytes / _MIB:.1f} MiB without. "
             "The peak lies in layers that stay, or between two moves: take more --layers, or a smaller --keep-last."
         ]
     return []
