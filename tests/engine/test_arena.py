@@ -6,6 +6,9 @@ import gc
 import os
 import sys
 import threading
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -351,6 +354,47 @@ def test_memory_is_committed_ahead_of_growths_and_given_back_when_the_needs_are_
     assert must(arena.acquire(100 * MIB)).nbytes == 100 * MIB
     arena.close()
     assert not pinner.pinned
+
+
+def test_close_before_the_needs_are_known_leaves_live_tensors_as_they_are() -> None:
+    """An offloader may be closed between the first forward and its backward."""
+    arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)
+    arena.prepare()
+    block = must(arena.acquire(4 * MIB))
+    for part in block.parts:
+        part.fill_(7)
+    arena.close()
+    assert all(bool((part == 7).all()) for part in block.parts)
+
+
+def test_memory_stays_mapped_while_it_is_being_committed(monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, touched = threading.Event(), []
+    memory: list[weakref.ref[torch.Tensor]] = []
+
+    def slowly(address: int, nbytes: int, advice: int) -> int:
+        go_on.wait(10)
+        touched.append(memory[0]() is not None)
+        return 0
+
+    monkeypatch.setattr(prefault, "_madvise", lambda: slowly)
+    arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)
+    arena.prepare()
+    assert arena._frontier is not None
+    memory.append(weakref.ref(arena._frontier._memory))
+    num_chunks = len(arena._frontier._chunks)
+    del arena
+    gc.collect()
+    go_on.set()
+    eventually(lambda: len(touched) == num_chunks and memory[0]() is None)
+    assert num_chunks == 8 and all(touched)
+
+
+def eventually(claim: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10
+    while not claim():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+        gc.collect()
 
 
 def test_who_can_do_without_is_not_made_to_wait_for_memory_that_is_not_ready(monkeypatch: pytest.MonkeyPatch) -> None:

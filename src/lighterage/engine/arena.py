@@ -100,21 +100,25 @@ class Arena:
         Fresh pages have to be zeroed, which takes as long as the whole first step: here it happens beside it.
         """
         if self._pinner is not None and self._frontier is None and not self._closed:
-            self._frontier = prefault.Frontier(self._address, self._limit)
+            self._frontier = prefault.Frontier(self._memory[: self._limit])
             self._advise("MADV_HUGEPAGE", 0, self._limit)
             self._look_ahead(0)
 
     def settle(self) -> bool:
         """A step is over. Whether the needs are known, since nothing was declined: what is left over is given back."""
-        if self._declined_bytes and not self._closed:
+        if self._declined_bytes:
             self._declined_bytes = 0
             return False
+        self._stop_preparing()
+        return True
+
+    def _stop_preparing(self) -> None:
+        """Give back what is committed and not pinned."""
         frontier, self._frontier = self._frontier, None
         if frontier is not None:
             start, end = self.bytes_reserved, frontier.stop()
             if start < end:
                 self._advise("MADV_DONTNEED", start, end - start)
-        return True
 
     def _look_ahead(self, reserved: int) -> None:
         """Have some more committed than is pinned, as far as the machine can spare it."""
@@ -173,8 +177,8 @@ class Arena:
         """
         if self._closed or self._space.is_foreign():
             return
+        self._stop_preparing()  # while it is still known which bytes are pinned: those may be somebody's
         self._closed = True
-        self.settle()
         self._space.settle()
         self._unpin()
         # Not self._map.close(): torch.frombuffer keeps the map alive, but holds no buffer export on it, so closing

@@ -9,6 +9,8 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
+import torch
+
 from .units import MIB
 
 # Linux's number; Python's mmap module does not name it, and its madvise holds the interpreter's lock.
@@ -50,9 +52,10 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 class Frontier:
     """Commits a range of memory from its start on, in the background, while the first step has other things to do."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
-        self._address = address
-        self._nbytes = nbytes
+    def __init__(self, memory: torch.Tensor) -> None:
+        """memory: uint8 (nbytes,), page-aligned; it stays mapped as long as something is under way."""
+        self._memory = memory
+        self._nbytes = memory.numel()
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._chunks: list[Future[object]] = []
@@ -66,8 +69,7 @@ class Frontier:
 
     def advance(self, end: int) -> None:
         """Commit the first `end` bytes some time soon. Returns at once."""
-        madvise = _madvise()
-        if madvise is None or os.getpid() != self._pid:
+        if sys.platform != "linux" or os.getpid() != self._pid:
             return
         with self._lock:
             while (begin := len(self._chunks) * _AHEAD_CHUNK) < min(end, self._nbytes):
@@ -75,7 +77,12 @@ class Frontier:
                     num_threads = min(_AHEAD_THREADS, os.cpu_count() or 1)
                     self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="lighterage-prefault")
                 size = min(_AHEAD_CHUNK, self._nbytes - begin)
-                self._chunks.append(self._pool.submit(madvise, self._address + begin, size, MADV_POPULATE_WRITE))
+                self._chunks.append(self._pool.submit(self._commit, begin, size))
+
+    def _commit(self, begin: int, size: int) -> None:
+        madvise = _madvise()
+        if madvise is not None:
+            madvise(self._memory.data_ptr() + begin, size, MADV_POPULATE_WRITE)
 
     def has_reached(self, end: int) -> bool:
         """Whether the first `end` bytes are committed, or the kernel has declined."""
