@@ -19,7 +19,10 @@ class Mark(enum.Enum):
 
 
 class _Marks:
-    """Marks by storage id. The weak reference beside each keeps its id from being given to a new storage."""
+    """Marks by storage id. The weak reference beside each keeps its id from being given to a new storage.
+
+    Where `by_storage` is empty nothing is marked, and there is no need to ask for each.
+    """
 
     def __init__(self) -> None:
         self.by_storage: dict[int, tuple[StorageWeakRef, Mark]] = {}
@@ -46,11 +49,6 @@ MARKS = _Marks()
 def mark_of(storage_id: int) -> Mark | None:
     """The mark on the storage with this id (`storage._cdata`), or None."""
     return MARKS.get(storage_id)
-
-
-def any_marks() -> bool:
-    """Whether any allocation at all may be marked: where none is, there is no need to ask for each."""
-    return bool(MARKS.by_storage)
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:

@@ -11,7 +11,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import spans
-from .lanes import FINISHED, Fence, Resting, Source, Transport, Wait
+from .lanes import FINISHED, Fence, Resting, Transport, Wait
 from .ledger import Row
 from .spans import Span
 from .views import ViewSpec, as_bytes, byte_view, changed_in_place, rebuild, share_counter
@@ -85,15 +85,12 @@ class Allocation:
 
     __slots__ = (
         "__weakref__",
-        "_alias",
         "_ground",
         "_left",
         "_left_from",
         "_pieces",
-        "_storage",
-        "_storage_ref",
-        "_unused",
         "address",
+        "alias",
         "buffers",
         "covered",
         "gathered",
@@ -105,7 +102,10 @@ class Allocation:
         "saved_at",
         "spec",
         "stage",
+        "storage",
+        "storage_ref",
         "transport",
+        "unused",
         "version",
         "wanted",
     )
@@ -136,8 +136,8 @@ class Allocation:
         self.key = key
         self.nbytes = nbytes
         self.address = address
-        self._alias = alias
-        self._storage: torch.UntypedStorage | None = storage
+        self.alias = alias
+        self.storage: torch.UntypedStorage | None = storage
         self.stage = _HELD
         self.kept: str | None = None
         """Why it stays on the device after all, or None."""
@@ -151,12 +151,12 @@ class Allocation:
         self.saved_at: list[SavedAt] = []
         self.buffers: Sequence[_Buffer] = ()
         self._pieces: Sequence[_Piece] = ()
-        self._storage_ref: StorageWeakRef | None = None
+        self.storage_ref: StorageWeakRef | None = None
         self._ground: _Buffer | None = None
         """What saved tensors that were asked for while it was held are rebuilt over."""
         self._left: Fence | None = None
         self._left_from: Sequence[int] = ()
-        self._unused: Unused | None = None
+        self.unused: Unused | None = None
 
     # --- saving -------------------------------------------------------------------------------------------------
 
@@ -171,12 +171,12 @@ class Allocation:
 
     def shows(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor`, which lives in the same storage, has the contents that were saved."""
-        return tensor._version == self.version and self.unchanged and share_counter(self._alias, tensor)
+        return tensor._version == self.version and self.unchanged and share_counter(self.alias, tensor)
 
     @property
     def unchanged(self) -> bool:
         """Whether nothing was written since the first save."""
-        return self._alias._version == self.version
+        return self.alias._version == self.version
 
     def takes(self, lo: int, hi: int) -> bool:
         """Whether a further save of bytes [lo, hi), unchanged since the first, can belong to this object."""
@@ -189,21 +189,18 @@ class Allocation:
             return 0
         self.covered = spans.merge([*self.covered, *fresh])
         self.pending = (*self.pending, *fresh)
-        if self._storage is None:
-            self._storage = storage
+        if self.storage is None:
+            self.storage = storage
             self.stage = _HELD
         return sum(b - a for a, b in fresh)
 
-    def sources(self) -> list[Source]:
-        """The ranges still to be copied, as few as possible. The caller starts the copies and calls `copied`."""
-        storage = self._storage
-        assert storage is not None
-        if len(self.pending) > 1:
-            self.pending = spans.merge(self.pending, COPY_GAP)
-        return [(storage, lo, hi) for lo, hi in self.pending]
+    def merge_pending(self) -> Sequence[Span]:
+        """The ranges still to be copied, as few as possible."""
+        self.pending = spans.merge(self.pending, COPY_GAP)
+        return self.pending
 
     def copied(self, resting: Sequence[Resting], stream: int) -> None:
-        """Record that the copies of `sources()` are under way into `resting`, after what was issued on `stream`."""
+        """Record that copies of what is pending are under way into `resting`, after what was issued on `stream`."""
         if self._left is None and len(resting) == 1:  # most often there is one copy of it, ever
             ((lo, hi),) = self.pending
             (rest,) = resting
@@ -236,9 +233,9 @@ class Allocation:
         """Stay on the device. `storage` is the memory, where it was let go of and somebody else still has it."""
         if self.stage is _BACK:
             return
-        if self._storage is None:
+        if self.storage is None:
             assert storage is not None
-            self._storage = storage
+            self.storage = storage
         self.stage = _HELD
         self.kept = reason
         self.pending = ()
@@ -258,20 +255,20 @@ class Allocation:
 
     def let_go(self, stream: int) -> None:
         """Drop the device memory; the caller has ordered `stream`, the current one, after `leaving`."""
-        storage = self._storage
+        storage = self.storage
         assert storage is not None
         if self._left_from != (stream,):
             # The memory belongs to another stream's pool, which does not wait for the copies.
             self.transport.share_with_lanes(storage)
-        self._storage = self._ground = None
-        if self._storage_ref is None and _somebody_else_holds(storage):
-            self._storage_ref = StorageWeakRef(storage)
+        self.storage = self._ground = None
+        if self.storage_ref is None and _somebody_else_holds(storage):
+            self.storage_ref = StorageWeakRef(storage)
         self.stage = _AWAY
 
     @property
     def still_alive(self) -> bool:
         """Whether somebody else holds the device memory that was let go of."""
-        return self.stage is _AWAY and self._storage_ref is not None and not self._storage_ref.expired()
+        return self.stage is _AWAY and self.storage_ref is not None and not self.storage_ref.expired()
 
     def room(self, stream: int) -> list[tuple[Resting, torch.Tensor]]:
         """Allocate device memory to come back to, on the current `stream`.
@@ -316,20 +313,10 @@ class Allocation:
         for buffer in self.buffers:
             buffer.fence = fence
         unused.add(id(self), self.nbytes)
-        self._unused = unused
+        self.unused = unused
         self.stage = _BACK  # at the end: whoever sees it may use the bytes without the lock
 
     # --- use ------------------------------------------------------------------------------------------------------
-
-    @property
-    def waits(self) -> bool:
-        """Whether it came back and waits for its first use."""
-        return self._unused is not None
-
-    def first_use(self) -> bool:
-        """Count it as used; whether it came back and was not used before."""
-        unused, self._unused = self._unused, None
-        return unused is not None and unused.use(id(self))
 
     def use(self, spec: ViewSpec) -> tuple[torch.Tensor, Wait | None]:
         """The saved tensor, usable by what the calling thread issues next, and the wait that this cost.
@@ -341,7 +328,7 @@ class Allocation:
             OffloadError: the bytes could not be brought back.
         """
         if self.stage is _HELD:
-            storage, buffer = self._storage, self._ground
+            storage, buffer = self.storage, self._ground
             if buffer is None:
                 assert storage is not None
                 nbytes = storage.nbytes()
@@ -373,21 +360,19 @@ class Allocation:
     def _on(self, buffer: _Buffer, spec: ViewSpec, shift: int) -> torch.Tensor:
         num_changes = buffer.memory._version - buffer.version
         if num_changes:
-            raise changed_in_place(
-                str(spec.dtype), spec.size, self.version, self.version + num_changes, self.row.name
-            )
+            raise changed_in_place(str(spec.dtype), spec.size, self.version, self.version + num_changes, self.row.name)
         return rebuild(buffer.memory, spec, shift)
 
     def __del__(self) -> None:
         # Takes no lock: the garbage collector may run this at any moment, in any thread. What rests elsewhere gives its
         # room back by itself.
-        if self._unused is not None:
-            self._unused.drop(id(self))
+        if self.unused is not None:
+            self.unused.drop(id(self))
         for buffer in self.buffers:
             if not buffer.fence.ordered_on(buffer.made_on):
                 self.transport.bury(buffer.memory.untyped_storage(), buffer.fence)
-        if self._left is not None and self._storage is not None:
-            self.transport.bury(self._storage, self._left)
+        if self._left is not None and self.storage is not None:
+            self.transport.bury(self.storage, self._left)
 
 
 def _somebody_else_holds(storage: torch.UntypedStorage) -> bool:

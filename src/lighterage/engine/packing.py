@@ -28,8 +28,6 @@ from .wrappers import is_wrapper, parts_of, wait_for
 # again: a storage that cannot be had tells sparse tensors and those that torch.func wraps, an address that cannot be had
 # tells those that have no memory.
 
-_is_functorch_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
-
 
 class Packer:
     """The pack hook of an offloader's sections."""
@@ -72,24 +70,22 @@ class Packer:
             return Kept(tensor, section)
         if tensor.is_nested or tensor.is_quantized:
             return Kept(tensor, section)
-        key, base = storage._cdata, tensor._base
-        storage_bytes = storage.nbytes()
-        if base is not None and type(base) is not torch.Tensor and isinstance(base, nn.Parameter):
-            return self._keep(tensor, section, key, "parameter")
-        if storage_bytes < self._min_bytes:
-            return self._keep(tensor, section, key, "under min_bytes")
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # there is no memory, though the storage has a size: zero tensors
+            return Kept(tensor, section)
+        key, base, nbytes = storage._cdata, tensor._base, tensor.nbytes
         row = section.row
-        nbytes = tensor.nbytes
+        row.saved_bytes += nbytes
+        if base is not None and type(base) is not torch.Tensor and isinstance(base, nn.Parameter):
+            return self._keep(tensor, section, key, nbytes, "parameter")
+        storage_bytes = storage.nbytes()
+        if storage_bytes < self._min_bytes:
+            return self._keep(tensor, section, key, nbytes, "under min_bytes")
         device = tensor.device
         transport = self.transports.get(device) or self._open_transport(device)
         mark = mark_of(key) if MARKS.by_storage else None
         reason = self._why_kept(tensor, base, section, key, transport, mark, nbytes)
-        address = 0
-        if reason is None:
-            try:
-                address = storage.data_ptr()
-            except RuntimeError:  # there is no memory, though the storage has a size: zero tensors
-                return Kept(tensor, section)
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
@@ -103,8 +99,7 @@ class Packer:
                 else:
                     reason = allocation.kept
             if reason is not None or transport is None:
-                return self._keep(tensor, section, key, reason or "on another device")
-            row.saved_bytes += nbytes
+                return self._keep(tensor, section, key, nbytes, reason or "on another device")
             alias = emptied_alias(tensor)
             version = alias._version
             spec = describe(tensor, nbytes)
@@ -122,13 +117,21 @@ class Packer:
                 self._traffic.gather(allocation, section, fresh, mark)
         return Offloaded(self._traffic, allocation, spec, alias, version, section)
 
-    def _keep(self, tensor: torch.Tensor, section: Section, key: int, reason: str) -> Kept:
-        if not _is_functorch_wrapped(tensor) and not tensor._is_zerotensor():  # those have no memory to count
-            row = section.row
-            nbytes = tensor.nbytes
-            row.saved_bytes += nbytes
+    def _keep(self, tensor: torch.Tensor, section: Section, key: int, nbytes: int, reason: str) -> Kept:
+        if tensor.is_contiguous():
+            lo: int = tensor.storage_offset()
+            if lo:
+                lo *= tensor.itemsize
+            hi = lo + nbytes
+        else:
             lo, hi = byte_range(tensor, nbytes)
-            self._ledger.step.note_kept(row, key, lo, hi, reason)
+        step = self._ledger.step
+        if key in step.kept:
+            step.note_kept(section.row, key, lo, hi, reason)
+        else:  # the same, for what is most often so
+            row, step.kept[key] = section.row, ((lo, hi),)
+            row.unique_bytes += hi - lo
+            row.kept[reason] = row.kept.get(reason, 0) + hi - lo
         return Kept(tensor, section)
 
     def _why_kept(
@@ -170,7 +173,9 @@ class Packer:
             if isinstance(tensor, nn.Parameter | nn.Buffer) and tensor.layout is torch.strided:
                 section.row.saved_bytes += tensor.nbytes
                 reason = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-                self._ledger.step.note_kept(section.row, tensor.untyped_storage()._cdata, *byte_range(tensor, tensor.nbytes), reason)
+                self._ledger.step.note_kept(
+                    section.row, tensor.untyped_storage()._cdata, *byte_range(tensor, tensor.nbytes), reason
+                )
             return Kept(tensor, section)
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return KeptWrapper(tensor, section)

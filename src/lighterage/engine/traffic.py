@@ -52,6 +52,7 @@ class Traffic:
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
         self._unused = Unused()
         self._window = 0
+        self._refill_at = 0.0
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -116,15 +117,19 @@ class Traffic:
         chosen: list[Allocation] = []
         sources: list[Source] = []
         for allocation in allocations:
-            if not allocation.pending or allocation.kept is not None:
+            pending = allocation.pending
+            if not pending or allocation.kept is not None:
                 continue
             if marked and mark_of(allocation.key) is Mark.NOT_OFFLOAD:
                 self._stays(allocation, "mark_not_offload")
-            elif not allocation.unchanged:
+            elif allocation.alias._version != allocation.version:
                 self._stays(allocation, "changed in place after it was saved")
             else:
                 chosen.append(allocation)
-                sources += allocation.sources()
+                if len(pending) > 1:
+                    pending = allocation.merge_pending()
+                for lo, hi in pending:
+                    sources.append((allocation.storage, lo, hi))
         if not chosen:
             return
         with torch._C._DisableTorchDispatch():
@@ -132,19 +137,20 @@ class Traffic:
         stream = transport.stream_key()
         start = 0
         for allocation in chosen:
-            end = start + len(allocation.pending)
-            placed = [rest for rest in resting[start:end] if rest is not None]
-            if len(placed) < end - start:
+            pending = allocation.pending
+            end = start + len(pending)
+            placed = resting[start:end]
+            start = end
+            if None in placed:
                 reason = transport.refusal or "no room at rest"
                 self._ledger.refusals[reason] += 1
                 self._stays(allocation, reason)
-            else:
-                row = allocation.row
-                row.copies_out += len(placed)
-                for lo, hi in allocation.pending:
-                    row.bytes_out += hi - lo
-                allocation.copied(placed, stream)
-            start = end
+                continue
+            row = allocation.row
+            row.copies_out += len(pending)
+            for lo, hi in pending:
+                row.bytes_out += hi - lo
+            allocation.copied(placed, stream)  # type: ignore[arg-type]
 
     def _stays(self, allocation: Allocation, reason: str) -> None:
         allocation.keep(reason)
@@ -168,9 +174,10 @@ class Traffic:
         marked = bool(MARKS.by_storage)
         ordered: dict[int, int] = {}
         failure: OffloadError | None = None
-        for allocation in section.live_allocations():
-            leaving = allocation.leaving
-            if leaving is None:
+        for ref in list(section.allocations.values()):
+            allocation = ref()
+            leaving = None if allocation is None else allocation.leaving
+            if allocation is None or leaving is None:
                 continue
             if marked and mark_of(allocation.key) is Mark.NOT_OFFLOAD:
                 self._stays(allocation, "mark_not_offload")
@@ -214,17 +221,16 @@ class Traffic:
             later += _away(one)
         later_nbytes = sum([a.nbytes for a in later])
         self._window = max(later_nbytes, nbytes)
+        self._refill_at = REFILL_AT * self._window
         # Two sections may have saved one allocation: it comes back once.
-        wanted = {id(allocation): weakref.ref(allocation) for allocation in [*away, *later]}
-        self._queue = collections.deque(wanted.values())
+        wanted = dict.fromkeys([*away, *later])
+        self._queue = collections.deque([weakref.ref(allocation) for allocation in wanted])
         self._pump()
 
     def _pump(self) -> None:
-        queue = self._queue
-        unused = self._unused.nbytes
-        if not queue or unused > REFILL_AT * self._window:
+        queue, window, unused = self._queue, self._window, self._unused.nbytes
+        if unused > self._refill_at:
             return
-        window = self._window
         next_ones: list[Allocation] = []
         while queue:
             allocation = queue[0]()
@@ -246,23 +252,20 @@ class Traffic:
             with torch.inference_mode(False):
                 self._bring_back(away)
             return
-        groups: dict[int, list[Allocation]] = {}
-        for allocation in away:
-            groups.setdefault(id(allocation.transport), []).append(allocation)
-        unused = self._unused
-        for group in groups.values():
-            assert len({id(allocation) for allocation in group}) == len(group), "an allocation comes back once"
+        transports = {allocation.transport for allocation in away}
+        for transport in transports:
+            group = away if len(transports) == 1 else [a for a in away if a.transport is transport]
+            assert len(set(group)) == len(group), "an allocation comes back once"
             with torch._C._DisableTorchDispatch():
-                transport = group[0].transport
                 stream = transport.stream_key()
                 batches = [allocation.room(stream) for allocation in group]
                 fences = transport.restore(batches)
             for allocation, batch, fence in zip(group, batches, fences, strict=True):
                 row = allocation.row
-                if allocation.still_alive:
+                if allocation.storage_ref is not None and allocation.still_alive:
                     row.alive.append((allocation.label, allocation.nbytes))
                     self.still_alive.add(allocation)
-                allocation.returning(fence, unused)
+                allocation.returning(fence, self._unused)
                 row.copies_in += len(batch)
                 for resting, _ in batch:
                     row.bytes_in += resting.nbytes
@@ -270,14 +273,16 @@ class Traffic:
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
         # What is back stays back: without the lock this may be seen too late, but not too early.
-        if allocation.stage is not _BACK or allocation.waits:
+        if allocation.stage is not _BACK or allocation.unused is not None:
             with self._lock:
                 if allocation.stage is _AWAY:
                     self._bring_back([allocation])
                 elif allocation.stage is _HELD:
                     allocation.wanted = True
-                if allocation.first_use() and self._queue:
-                    self._pump()
+                unused, allocation.unused = allocation.unused, None
+                if unused is not None and unused.use(id(allocation)) and self._queue:
+                    if unused.nbytes <= self._refill_at:
+                        self._pump()
         tensor, wait = allocation.use(spec)
         if wait is not None:
             with self._lock:
