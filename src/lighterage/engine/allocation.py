@@ -167,7 +167,7 @@ class Allocation:
 
     def sample(self, dtype: torch.dtype) -> torch.Tensor:
         """An empty tensor of `dtype` on its device, for people to be told of both."""
-        return self.transport.allocate((0,), (1,), dtype)
+        return self.transport.allocate((0,), dtype)
 
     def shows(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor`, which lives in the same storage, has the contents that were saved."""
@@ -301,10 +301,10 @@ class Allocation:
         if transport.alignment % CONGRUENCE == 0:
             if start == 0 and spec.dense and lo == spec.lo and hi == spec.hi:
                 # The most usual case: it needs no view at all.
-                return _Buffer(lo, hi, transport.allocate(spec.size, spec.stride, spec.dtype), -lo, spec, stream)
-            memory = transport.allocate((hi - lo + start,), (1,), torch.uint8)
+                return _Buffer(lo, hi, transport.allocate_as(spec.size, spec.stride, spec.dtype), -lo, spec, stream)
+            memory = transport.allocate((hi - lo + start,), torch.uint8)
         else:
-            memory = transport.allocate((hi - lo + CONGRUENCE,), (1,), torch.uint8)
+            memory = transport.allocate((hi - lo + CONGRUENCE,), torch.uint8)
             start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
         return _Buffer(lo, hi, memory, start - lo, None, stream)
 

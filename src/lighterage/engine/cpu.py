@@ -223,7 +223,10 @@ class CpuTransport:
                 one.left = fence
         return rested
 
-    def allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="cpu")
+
+    def allocate_as(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:

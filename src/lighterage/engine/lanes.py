@@ -110,8 +110,12 @@ class Transport(Protocol):
         """What the addresses of `allocate` are multiples of."""
         ...
 
-    def allocate(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Device memory, a contiguous tensor, from the pool of the calling thread's stream."""
+        ...
+
+    def allocate_as(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The same, with the strides that it shall show where a dimension of one leaves a choice."""
         ...
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:

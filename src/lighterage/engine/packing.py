@@ -25,8 +25,8 @@ from .wrappers import is_wrapper, parts_of, wait_for
 # Note [Few looks]
 # A look at one attribute of a tensor costs 50 to 100 ns, and far more on a busy host; packing a save is some twenty of
 # them, and they are most of what it costs. So each is taken once and handed on, and what one look tells is not asked
-# again: a storage that cannot be had tells sparse tensors and those that torch.func wraps, an address that cannot be had
-# tells those that have no memory.
+# again: a storage that cannot be had tells sparse tensors and those that torch.func wraps, an address that cannot be
+# had tells those that have no memory.
 
 
 class Packer:
@@ -119,7 +119,7 @@ class Packer:
 
     def _keep(self, tensor: torch.Tensor, section: Section, key: int, nbytes: int, reason: str) -> Kept:
         if tensor.is_contiguous():
-            lo: int = tensor.storage_offset()
+            lo = int(tensor.storage_offset())
             if lo:
                 lo *= tensor.itemsize
             hi = lo + nbytes

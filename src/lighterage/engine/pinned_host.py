@@ -126,8 +126,11 @@ class HostTransport(Accelerator):
         placed: list[_RestedInHost | None] = []
         for size in sizes:
             block = self._arena.acquire(size, self.has_room)
-            shared = None if block is None else _Shared(block)
-            placed.append(None if shared is None else _RestedInHost(shared, 0, size, shared.address or 0))
+            if block is None:
+                placed.append(None)
+            else:
+                shared = _Shared(block)
+                placed.append(_RestedInHost(shared, 0, size, shared.address or 0))
         return placed
 
     def _copy_out(
@@ -136,8 +139,8 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
-        if self._batches is not None and all([one.address for one, _ in work]):
-            to = [one.address for one, _ in work]
+        to = [one.address for one, _ in work]
+        if self._batches is not None and all(to):
             here = [storage.data_ptr() + lo for _, (storage, lo, _) in work]
             sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, here, sizes, self._streams.key()):
@@ -194,9 +197,9 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, data in work:
                 self._claim(data, lane, current)
-        if self._batches is not None and all([one.address for one, _ in work]):
+        there = [one.address for one, _ in work]
+        if self._batches is not None and all(there):
             to = [data.data_ptr() for _, data in work]
-            there = [one.address for one, _ in work]
             sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, there, sizes, self._streams.key()):
                 return

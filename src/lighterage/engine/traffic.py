@@ -128,8 +128,9 @@ class Traffic:
                 chosen.append(allocation)
                 if len(pending) > 1:
                     pending = allocation.merge_pending()
-                for lo, hi in pending:
-                    sources.append((allocation.storage, lo, hi))
+                storage = allocation.storage
+                assert storage is not None, "what is pending is held"
+                sources += [(storage, lo, hi) for lo, hi in pending]
         if not chosen:
             return
         with torch._C._DisableTorchDispatch():
@@ -281,8 +282,7 @@ class Traffic:
                     allocation.wanted = True
                 unused, allocation.unused = allocation.unused, None
                 if unused is not None and unused.use(id(allocation)) and self._queue:
-                    if unused.nbytes <= self._refill_at:
-                        self._pump()
+                    self._pump()
         tensor, wait = allocation.use(spec)
         if wait is not None:
             with self._lock:

@@ -27,7 +27,7 @@ class ViewSpec(NamedTuple):
     conj: bool
     neg: bool
     dense: bool
-    """Whether bytes [lo, hi), if there are any, are just what a contiguous tensor of this size, stride and type takes."""
+    """Whether there are bytes [lo, hi), and they are just what a contiguous tensor of this size and type takes."""
 
 
 _PLAIN = frozenset(
@@ -37,7 +37,7 @@ _PLAIN = frozenset(
 
 def byte_range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:
     """The bytes [lo, hi) of its storage that the elements of a strided tensor of `nbytes` lie in."""
-    lo: int = tensor.storage_offset()
+    lo = int(tensor.storage_offset())
     if lo:
         lo *= tensor.itemsize
     if tensor.is_contiguous():
@@ -53,7 +53,7 @@ def describe(tensor: torch.Tensor, nbytes: int) -> ViewSpec:
     dtype, neg = tensor.dtype, tensor.is_neg()
     conj = dtype not in _PLAIN and tensor.is_conj()
     if tensor.is_contiguous():
-        lo: int = tensor.storage_offset()
+        lo = int(tensor.storage_offset())
         if lo:
             lo *= tensor.itemsize
         hi = lo + nbytes
