@@ -19,36 +19,38 @@ class Mark(enum.Enum):
 
 
 class _Marks:
-    """Marks by storage id. The weak reference beside each keeps its id from being given to a new storage.
-
-    Where `by_storage` is empty nothing is marked, and there is no need to ask for each.
-    """
+    """Marks by storage id. The weak reference beside each keeps its id from being given to a new storage."""
 
     def __init__(self) -> None:
-        self.by_storage: dict[int, tuple[StorageWeakRef, Mark]] = {}
+        self._by_storage: dict[int, tuple[StorageWeakRef, Mark]] = {}
         self._sweep_at = 64
 
     def put(self, storage: torch.UntypedStorage, mark: Mark) -> None:
         key = storage._cdata
-        known = self.by_storage.get(key)
+        known = self._by_storage.get(key)
         if known is not None and known[1] is Mark.NOT_OFFLOAD and not known[0].expired():
             return
-        self.by_storage[key] = (StorageWeakRef(storage), mark)
-        if len(self.by_storage) >= self._sweep_at:
-            self.by_storage = {k: v for k, v in list(self.by_storage.items()) if not v[0].expired()}
-            self._sweep_at = max(64, 2 * len(self.by_storage))
+        self._by_storage[key] = (StorageWeakRef(storage), mark)
+        if len(self._by_storage) >= self._sweep_at:
+            self._by_storage = {k: v for k, v in list(self._by_storage.items()) if not v[0].expired()}
+            self._sweep_at = max(64, 2 * len(self._by_storage))
 
     def get(self, key: int) -> Mark | None:
-        known = self.by_storage.get(key)
+        known = self._by_storage.get(key)
         return None if known is None or known[0].expired() else known[1]
 
 
-MARKS = _Marks()
+_MARKS = _Marks()
 
 
 def mark_of(storage_id: int) -> Mark | None:
     """The mark on the storage with this id (`storage._cdata`), or None."""
-    return MARKS.get(storage_id)
+    return _MARKS.get(storage_id)
+
+
+def any_marks() -> bool:
+    """Whether any storage may be marked; where none is, there is no need to ask for each."""
+    return bool(_MARKS._by_storage)
 
 
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
@@ -70,7 +72,7 @@ def _put(function: str, tensors: tuple[torch.Tensor, ...], mark: Mark) -> None:
                 "Pass the tensors themselves, unpacked: mark_not_offload(*outputs)."
             )
         for storage in _storages(tensor):
-            MARKS.put(storage, mark)
+            _MARKS.put(storage, mark)
 
 
 @unseen

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..marks import MARKS, Mark, mark_of
+from ..marks import Mark, any_marks, mark_of
 from .allocation import Allocation
 from .handles import Handle, Kept, KeptWrapper, Offloaded, OffloadedWrapper
 from .lanes import Transport
@@ -84,7 +84,7 @@ class Packer:
             return self._keep(tensor, section, key, nbytes, "under min_bytes")
         device = tensor.device
         transport = self.transports.get(device) or self._open_transport(device)
-        mark = mark_of(key) if MARKS.by_storage else None
+        mark = mark_of(key) if any_marks() else None
         reason = self._why_kept(tensor, base, section, key, transport, mark, nbytes)
         with self._lock:
             known = self._allocations.get(key)

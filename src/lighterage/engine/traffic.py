@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import OffloadError
-from ..marks import MARKS, Mark, mark_of
+from ..marks import Mark, any_marks, mark_of
 from .allocation import Allocation, SavedAt, Stage, Unused
 from .lanes import Source, Transport
 from .ledger import Ledger
@@ -113,7 +113,7 @@ class Traffic:
                 section.undecided.append(ref)
 
     def _evict(self, allocations: Sequence[Allocation], transport: Transport) -> None:
-        marked = bool(MARKS.by_storage)
+        marked = any_marks()
         chosen: list[Allocation] = []
         sources: list[Source] = []
         for allocation in allocations:
@@ -172,7 +172,7 @@ class Traffic:
             if undecided is not None and undecided.pending:
                 self._stays(undecided, "not marked")
         section.undecided = []
-        marked = bool(MARKS.by_storage)
+        marked = any_marks()
         ordered: dict[int, int] = {}
         failure: OffloadError | None = None
         for ref in list(section.allocations.values()):
