@@ -90,6 +90,8 @@ class Packer:
                     allocation.keep(reason, storage)
                 else:
                     reason = allocation.kept
+            elif reason is None and section.orders is not None:
+                reason = section.orders.why_kept(row.saves, nbytes)
             if reason is not None or transport is None:
                 self._ledger.step.note_kept(row, key, lo, hi, reason or "on another device")
                 return Kept(tensor, section)
@@ -98,6 +100,8 @@ class Packer:
             if allocation is None or not allocation.takes(lo, hi):
                 allocation = Allocation(transport, storage, watch, row, spec)
                 self._allocations[key] = weakref.ref(allocation)
+                if section.orders is not None:
+                    section.orders.took(row.saves, allocation)
             section.enter(allocation)
             allocation.saved_at.append((section.name, row.saves, nbytes))
             fresh = allocation.add(storage, lo, hi)

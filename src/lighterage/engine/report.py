@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+from .autoplan import Autoplan
 from .ledger import Ledger, OffloadStats, Row
 from .policy import Policy
 from .sections import BackwardOrder
@@ -55,7 +56,7 @@ class Report:
 
 
 def build_report(
-    *, ledger: Ledger, stats: OffloadStats, sections_from: str, order: BackwardOrder, policy: Policy
+    *, ledger: Ledger, stats: OffloadStats, sections_from: str, order: BackwardOrder, policy: Policy, auto: Autoplan | None
 ) -> Report:
     """The report on the last finished step of `ledger`."""
     by_name: dict[str, list[Row]] = {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 import collections
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..errors import OffloadError
 from ..marks import Mark, mark_of
 from .allocation import Allocation, SavedAt, Stage, Unused
-from .lanes import Source, Transport
+from .lanes import Source, Transport, Wait
 from .ledger import Ledger
 from .sections import Section
 from .views import ViewSpec
@@ -55,6 +55,8 @@ class Traffic:
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
         self._unused = Unused()
         self._window = 0
+        self.on_wait: Callable[[Wait], None] | None = None
+        """Told of each wait of the compute stream for a copy out."""
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -160,6 +162,14 @@ class Traffic:
         Raises:
             OffloadError: copies failed; their allocations stay on the device.
         """
+        self.release_some(section, list(section.live_allocations()))
+
+    def release_some(self, section: Section, allocations: Sequence[Allocation]) -> None:
+        """Let go of the device memory of some of what `section` saved, ordered after its copies.
+
+        Raises:
+            OffloadError: copies failed; their allocations stay on the device.
+        """
         self.decide(section)
         for ref in section.undecided:
             undecided = ref()
@@ -168,7 +178,7 @@ class Traffic:
         section.undecided = []
         ordered: set[int] = set()
         failure: OffloadError | None = None
-        for allocation in section.live_allocations():
+        for allocation in allocations:
             leaving = allocation.leaving
             if leaving is None:
                 continue
@@ -177,7 +187,9 @@ class Traffic:
                 continue
             if id(leaving) not in ordered:
                 try:
-                    leaving.order()
+                    wait = leaving.order()
+                    if wait is not None and self.on_wait is not None:
+                        self.on_wait(wait)
                 except OffloadError as error:
                     self._stays(allocation, "the transfer failed")
                     failure = failure or OffloadError(
@@ -230,6 +242,12 @@ class Traffic:
                 next_ones.append(allocation)
             self._queue.popleft()
         self._bring_back(next_ones)
+
+    def fetch(self, allocations: Sequence[Allocation]) -> None:
+        """Start bringing back those of `allocations` that are away, in this order."""
+        wanted = {id(a): a for a in allocations if a.stage is Stage.AWAY}
+        if wanted:
+            self._bring_back(list(wanted.values()))
 
     def reload(self, section: Section) -> None:
         """Start bringing back what `section` saved, what it saved last first."""
