@@ -50,6 +50,9 @@ class Run:
         self.recording = Recording() if recording else None
         self.state = [UNBORN] * len(layout.items)
         self.now_ms = 0.0
+        self.now_in_phase_ms = 0.0
+        """The end of the phase's work, while its releases are decided."""
+
         self.live_bytes = 0
         self.peak_bytes = 0
         self.on_demand: list[int] = []
@@ -108,7 +111,7 @@ class Run:
             if recording is not None:
                 recording.curve.append((now, live + work))
         now = begin + self.layout.ms[phase]
-        ended = now
+        ended = self.now_in_phase_ms = now
         for item in decisions.releases(phase, self):
             if state[item] == HERE:
                 now = lanes.when_sent(item, now)
