@@ -12,8 +12,11 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from .. import planner
+from ..planner.choose import plan as make_plan
+from ..planner.goal import Goal
 from ..planner.plan import Plan, SectionPlan
+from ..planner.prediction import Prediction
+from ..planner.simulate import simulate
 from ..planner.timeline import Link, Timeline
 from .agree import agreed
 from .clock import Gauge, clock_of
@@ -34,6 +37,8 @@ FIRST_CHECK, CHECK_EVERY = 2, 50
 SLOWER = 1.25
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
+_LEAST_AGAIN = 0.02
+"""Of a section's forward: the least that selective recomputation is taken to cost."""
 
 
 class Stage(enum.Enum):
@@ -88,8 +93,11 @@ class Autoplan:
         self._patience = PATIENCE
         self._num_plans = 0
         self._check: StepLog | None = None
+        self._known: dict[int, Recipe] = {}
+        self._seen_running: dict[_StateKey, str | None] = {}
+        """What the forward of each section was seen to change, or None where it changed nothing."""
         self.timeline: Timeline | None = None
-        self.prediction: planner.Prediction | None = None
+        self.prediction: Prediction | None = None
         self.measured_ms: float | None = None
         """A step under the plan, as it was last timed."""
         self.measured_peak_bytes: int | None = None
@@ -214,18 +222,21 @@ class Autoplan:
     def _selective_ms(self) -> dict[object, float]:
         if self._trial is None or not self._timed:
             return {}
-        usual = _backward_ms(self._timed[-1])
-        tried = _backward_ms(self._trial)
-        return {
-            kind: max(0.0, tried[index] - usual[index])
-            for index, kind in self._trial_kinds.items()
-            if index in usual and index in tried
-        }
+        all_usual = [_ms_by_section(log, "backward") for log in self._timed]
+        forward = _ms_by_section(self._timed[-1], "forward")
+        tried = _ms_by_section(self._trial, "backward")
+        found: dict[object, float] = {}
+        for index, kind in self._trial_kinds.items():
+            usual = [ms[index] for ms in all_usual if index in ms]
+            if usual and index in tried and index in forward:
+                # It takes some time, whatever the noise says.
+                found[kind] = max(_LEAST_AGAIN * forward[index], tried[index] - min(usual))
+        return found
 
     def _recipes(self) -> dict[int, Recipe]:
-        if self._first is None:
-            return {}
-        return {s.index: recipe_of(s) for s in self._first.sections if s.index is not None}
+        if self._first is not None:
+            self._known = {s.index: recipe_of(s) for s in self._first.sections if s.index is not None}
+        return self._known
 
     def _make(self) -> None:
         assert self._first is not None
@@ -238,12 +249,12 @@ class Autoplan:
         self.timeline = timeline
         budget = policy.device_budget_bytes
         slowdown = policy.max_slowdown if budget is not None or policy.max_slowdown is not None else DEFAULT_SLOWDOWN
-        goal = planner.Goal(
+        goal = Goal(
             device_budget=budget, max_slowdown=slowdown, recompute=policy.recompute, rules=tuple(policy.rules)
         )
-        plan = planner.plan(timeline, self._link, goal)
+        plan = make_plan(timeline, self._link, goal)
         self._course = Course(plan, timeline, self._recipes())
-        self.prediction = planner.simulate(timeline, plan, self._link)
+        self.prediction = simulate(timeline, plan, self._link)
         self.measured_ms = self.measured_peak_bytes = None
         self._stage = Stage.PLANNED
         self._steps = self._slow = 0
@@ -291,12 +302,15 @@ class Autoplan:
                 section.orders = None
         elif self._may_keep():
             section.orders = Orders(MEASURED)
+        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
+            around = self._check_again(section, section.orders, args, kwargs)
         if log is None:
-            return contextlib.nullcontext()
+            return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
         if not log.detailed or self._stage is not Stage.SIZING or section.gap:
-            return contextlib.nullcontext()
+            return around
         inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
         for position, tensor in enumerate(inputs):
             if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
@@ -307,14 +321,32 @@ class Autoplan:
             one.not_recomputed = 'recompute="never"'
         else:
             one.not_recomputed = why_never(module, args, kwargs)
+            self._seen_running.pop(_state_key(section.name, module), None)
         if one.not_recomputed is not None or module is None:
             return contextlib.nullcontext()
         told = contextlib.ExitStack()
-        told.enter_context(_Watched(one, StateWatch(module, inputs)))
+        told.enter_context(_Watched(StateWatch(module, inputs), one, self._seen_running, _state_key(section.name, module)))
         if self._policy.rules:
             told.enter_context(ModuleWatch(module, one))
         told.enter_context(ProductTeller(one, lambda: section.row.saves))
         return told
+
+    def _check_again(
+        self, section: Section, orders: PlannedOrders, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[object]:
+        """Let a section be computed again only if that was seen to change nothing; where it was not, see now."""
+        module = self._module_of(section.name)
+        if module is None or why_never(module, args, kwargs) is not None:
+            orders.mode = "save"
+            return contextlib.nullcontext()
+        key = _state_key(section.name, module)
+        if key in self._seen_running:
+            if self._seen_running[key] is not None:
+                orders.mode = "save"
+            return contextlib.nullcontext()
+        orders.mode = "save"
+        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        return _Watched(StateWatch(module, inputs), None, self._seen_running, key)
 
     @property
     def detailed_log(self) -> StepLog | None:
@@ -389,21 +421,35 @@ class Autoplan:
         return room is None or total is None or room > need + total // 20
 
 
+_StateKey = tuple[str, tuple[bool, ...]]
+"""A section, and which of its modules train: what its forward changes depends on both."""
+
+
+def _state_key(name: str, module: nn.Module | None) -> _StateKey:
+    return name, () if module is None else tuple(part.training for part in module.modules())
+
+
 class _Watched(contextlib.AbstractContextManager[None]):
     """Around a forward: notes what it changes."""
 
-    def __init__(self, log: SectionLog, watch: StateWatch) -> None:
-        self._log = log
+    def __init__(
+        self, watch: StateWatch, log: SectionLog | None, seen: dict[_StateKey, str | None], key: _StateKey
+    ) -> None:
         self._watch = watch
+        self._log = log
+        self._seen = seen
+        self._key = key
 
     def __exit__(self, *error: object) -> None:
-        self._log.not_recomputed = self._log.not_recomputed or self._watch.change()
+        change = self._seen[self._key] = self._watch.change()
+        if self._log is not None:
+            self._log.not_recomputed = self._log.not_recomputed or change
 
 
-def _backward_ms(log: StepLog) -> dict[int, float]:
+def _ms_by_section(log: StepLog, direction: str) -> dict[int, float]:
     found: collections.defaultdict[int, float] = collections.defaultdict(float)
     for here, there in zip(log.boundaries, log.boundaries[1:], strict=False):
-        if here.direction == "backward" and here.section is not None and here.section.index is not None:
+        if here.direction == direction and here.section is not None and here.section.index is not None:
             found[here.section.index] += log.clock.ms(here.at, there.at)
     return found
 
