@@ -111,7 +111,7 @@ def _too_little(budget: int, found: Found, before: Prediction) -> BudgetError:
     return BudgetError(
         f"no plan keeps the step within device_budget={size(budget)}; the smallest peak that was found is "
         f"{size(smallest.peak_bytes)} ({smallest.peak_bytes} bytes) at {smallest.ms / found.timeline.step_ms:.2f} "
-        f"times the step, and with nothing moved it is {size(before.peak_bytes)}. Raise the budget to that, or take smaller "
-        "batches.",
+        f"times the step, and with nothing moved it is {size(before.peak_bytes)}. Raise the budget "
+        "to that, or take smaller batches.",
         smallest_bytes=smallest.peak_bytes,
     )

@@ -16,7 +16,8 @@ Rule = tuple[str, Action] | tuple[str, Action, str]
 
 The pattern is a glob of a section's name, or of a module's inside a section. `"keep"`: it stays on the device and is
 not computed again; `"offload"`: it leaves; `"recompute"`: the section is computed again, whole. The label is a glob of
-the allocation's shape and dtype as the timeline has them: `"(8192, *) bfloat16"`. The first rule that matches counts."""
+the allocation's shape and dtype as the timeline has them: `"(8192, *) bfloat16"`. The first rule that matches
+counts."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
