@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 import traceback
@@ -26,7 +27,7 @@ from benchmarks.moe_stack import TINY as TINY_STACK
 from benchmarks.planner_report import to_markdown
 from benchmarks.shapes import LLAMA_8B_X8, TINY
 
-CASES = ("goals", "refused", "curve", "checkpoint", "peers", "host", "stack")
+CASES = ("goals", "refused", "curve", "checkpoint", "peers", "host", "bits", "stack")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
         "checkpoint": lambda: cases.checkpoint_mixes(bench, max(1, rounds // 2)),
         "peers": lambda: cases.peers(bench, 1),
         "host": lambda: cases.host_time(bench, 3 if args.tiny else 10),
+        "bits": lambda: cases.bits(bench, goals),
         "stack": lambda: [
             row
             for recipe in ("fp8_block", "bf16")
@@ -89,4 +91,6 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    # cuBLAS reads it when it is first used; the comparison of bits needs it.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     sys.exit(main())

@@ -154,6 +154,45 @@ def goals(bench: Bench, chosen: Sequence[tuple[str, dict[str, Any]]], rounds: in
     return rows
 
 
+def bits(bench: Bench, chosen: Sequence[tuple[str, dict[str, Any]]]) -> list[Row]:
+    """Loss and every gradient under each plan against the step without, under deterministic kernels."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    rows: list[Row] = []
+    try:
+        loss = bench.plain.step(bench.x, bench.probe)
+        wanted = [p.grad.clone() for p in bench.plain.model.parameters()]
+        again = bench.plain.step(bench.x, bench.probe)
+        repeats = torch.equal(loss, again) and _same_gradients(bench.plain, wanted)
+        rows.append({"mode": "none, run twice", "equal": repeats})
+        for name, policy in chosen:
+            model = twin(bench.model)
+            with lighterage.offload(model.layers, **policy) as offloader:
+                mode = Mode(name=name, model=model, offloader=offloader)
+                equal = True
+                for _ in range(10):  # steps that measure, then steps under the plan
+                    equal = equal and torch.equal(mode.step(bench.x, bench.probe), loss)
+                    equal = equal and _same_gradients(mode, wanted)
+                modes = [s.mode for s in offloader.plan.sections] if offloader.plan is not None else []
+                rows.append(
+                    {"mode": name, "equal": equal, "bytes_out": offloader.stats().bytes_out, "modes": sorted(set(modes))}
+                )
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+        bench.model.zero_grad(set_to_none=True)
+    return rows
+
+
+def _same_gradients(mode: Mode, wanted: list[Tensor]) -> bool:
+    return all(
+        torch.equal(parameter.grad.view(torch.uint8), gradient.view(torch.uint8))
+        for parameter, gradient in zip(mode.model.parameters(), wanted, strict=True)
+    )
+
+
 def checkpoint_mixes(bench: Bench, rounds: int) -> list[Row]:
     """The first so many layers checkpointed, from none to all."""
     rows: list[Row] = []

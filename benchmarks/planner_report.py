@@ -36,6 +36,13 @@ def to_markdown(results: Row, environment: Environment) -> str:
             f"A planned step takes the host {row['added_ms']:.2f} ms more than one without, of {row['step_ms']:.1f} ms "
             f"({100 * row['added_ms'] / row['step_ms']:.1f} %); making the plan took {row['planning_ms']:.0f} ms once.",
         ]
+    if "bits" in results:
+        told = [
+            f"- {row['mode']}: {'equal' if row['equal'] else 'DIFFERENT'}"
+            + (f", {_gib(row['bytes_out'])} GiB out, modes {', '.join(row['modes'])}" if "bytes_out" in row else "")
+            for row in results["bits"]
+        ]
+        parts += ["## Loss and gradients, bit by bit", "\n".join(told)]
     if "stack" in results:
         parts += ["## Stack of experts", _stack_table(results["stack"])]
     return "\n\n".join(parts)

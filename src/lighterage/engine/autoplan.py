@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -103,12 +104,30 @@ class Autoplan:
         self.measured_peak_bytes: int | None = None
         self.num_drifts = 0
         """How often steps did not fit the plan so that they were measured again."""
+        self.planning_ms: float | None = None
         self.agreed_with = 1
         """Ranks that the plan was made for together."""
 
     @property
     def plan(self) -> Plan | None:
         return None if self._course is None else self._course.plan
+
+    @property
+    def told(self) -> str:
+        """The plan in a sentence, or what is still missing to make one."""
+        if self._course is None:
+            return f"none yet; the steps are measured ({self._stage.value})"
+        return self._course.plan.why or "as it was given"
+
+    @property
+    def link_text(self) -> str | None:
+        """The link, for people."""
+        link = self._link
+        if link is None:
+            return None
+        rates = (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s)
+        out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
+        return f"{link.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
 
     def use(self, plan: Plan, timeline: Timeline) -> None:
         """Carry `plan` out from the next step on, and measure nothing more."""
@@ -241,6 +260,7 @@ class Autoplan:
     def _make(self) -> None:
         assert self._first is not None
         policy = self._policy
+        start = time.perf_counter()
         timeline = self._read(self._selective_ms())
         if self._num_plans == 0:
             timeline, self.agreed_with = agreed(timeline)
@@ -255,6 +275,7 @@ class Autoplan:
         plan = make_plan(timeline, self._link, goal)
         self._course = Course(plan, timeline, self._recipes())
         self.prediction = simulate(timeline, plan, self._link)
+        self.planning_ms = (time.perf_counter() - start) * 1e3
         self.measured_ms = self.measured_peak_bytes = None
         self._stage = Stage.PLANNED
         self._steps = self._slow = 0
