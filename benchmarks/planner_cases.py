@@ -126,6 +126,9 @@ def foreseen(offloader: lighterage.Offloader) -> Row:
         "predicted_ms": report.predicted_ms,
         "predicted_peak_bytes": report.predicted_peak_bytes,
         "planning_ms": report.planning_ms,
+        "phases_ms": report.measured_phases_ms,
+        "foreseen_phases_ms": report.foreseen_phases_ms,
+        "release_wait_ms": report.release_wait_ms,
         "link": report.link,
     }
 

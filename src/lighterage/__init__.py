@@ -5,6 +5,7 @@
 Same bits, less memory.
 """
 
+from .engine.checkpoint_contexts import selective_checkpoint_contexts
 from .engine.ledger import OffloadStats
 from .engine.offloader import Offloader
 from .engine.policy import Policy
@@ -21,6 +22,7 @@ from .planner.simulate import simulate
 from .planner.timeline import Link, Timeline
 
 __all__ = [
+    "BudgetError",
     "BudgetError",
     "Goal",
     "Link",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import enum
+import statistics
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,13 +23,14 @@ from ..planner.simulate import simulate
 from ..planner.timeline import Link, Timeline
 from .agree import agreed
 from .clock import Gauge, clock_of
+from .hooks import class_of
 from .lanes import Wait
 from .measure import MEASURED, SectionLog, StepLog
 from .orders import Course, Orders, PlannedOrders, Run
 from .policy import DEFAULT_SLOWDOWN, Policy
 from .recompute import ModuleWatch, ProductTeller, StateWatch, why_never
 from .sections import Section
-from .timelines import Recipe, is_like, read_timeline, recipe_of
+from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
 from .traffic import Traffic
 
 # So many steps are timed; of each phase the shortest counts, which leaves the noise of first times out.
@@ -38,6 +41,7 @@ FIRST_CHECK, CHECK_EVERY = 2, 50
 SLOWER = 1.25
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
+TRIALS_OF_A_KIND = 3
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that selective recomputation is taken to cost."""
 
@@ -50,7 +54,37 @@ class Stage(enum.Enum):
     TIMING = "timing"
     TRIAL = "trial"
     """One section of each kind is computed again selectively, to see what that takes."""
+    PLANNING = "planning"
+    """The plan is being made beside the steps."""
     PLANNED = "planned"
+
+
+class _Planning:
+    """One plan in the making."""
+
+    def __init__(self, timeline: Timeline, link: Link, goal: Goal, *, agree: bool) -> None:
+        self.timeline = timeline
+        self._link = link
+        self._goal = goal
+        self._agree = agree
+        self.done = threading.Event()
+        self.plan: Plan | None = None
+        self.prediction: Prediction | None = None
+        self.error: Exception | None = None
+        self.ms = 0.0
+        self.num_ranks = 1
+
+    def run(self) -> None:
+        try:
+            if self._agree:
+                self.timeline, self.num_ranks = agreed(self.timeline)
+            start = time.perf_counter()
+            self.plan = make_plan(self.timeline, self._link, self._goal)
+            self.prediction = simulate(self.timeline, self.plan, self._link)
+            self.ms = (time.perf_counter() - start) * 1e3
+        except Exception as error:  # it belongs to whoever begins the next step
+            self.error = error
+        self.done.set()
 
 
 class Autoplan:
@@ -86,6 +120,7 @@ class Autoplan:
         self._course: Course | None = None
         self._given = False
         self._link: Link | None = None
+        self._job: _Planning | None = None
         self._most_bytes = 0
         self._restarts = 0
         self._limit: int | None = None
@@ -102,6 +137,8 @@ class Autoplan:
         self.measured_ms: float | None = None
         """A step under the plan, as it was last timed."""
         self.measured_peak_bytes: int | None = None
+        self.measured_phases_ms: list[tuple[str, int | None, float]] = []
+        """Direction, section and milliseconds of its phases, waits among them."""
         self.num_drifts = 0
         """How often steps did not fit the plan so that they were measured again."""
         self.planning_ms: float | None = None
@@ -147,6 +184,8 @@ class Autoplan:
             BudgetError: no plan keeps to the budget.
         """
         self._log = self._run = None
+        if self._link is None and not self._given and self._device.type != "cpu":
+            self._link = self._measure_link()  # the first step is slow anyway
         if _capturing(self._device):
             self._run = None if self._course is None else Run(self._course)
             return
@@ -162,7 +201,7 @@ class Autoplan:
                 assert self._trial_course is not None
                 self._run = Run(self._trial_course)
                 self._log = StepLog(self._clock, self._gauge, detailed=False)
-        elif self._stage is Stage.SIZING or len(self._timed) < TIMED_STEPS:
+        elif self._stage is Stage.SIZING or (self._stage is Stage.TIMING and len(self._timed) < TIMED_STEPS):
             self._log = StepLog(self._clock, self._gauge, detailed=True)
 
     def _is_check(self) -> bool:
@@ -211,8 +250,14 @@ class Autoplan:
                 return
             self._choose_trials()
             self._stage = Stage.TRIAL
+        if self._stage is Stage.PLANNING:
+            assert self._job is not None
+            if self._job.done.is_set():
+                self._adopt(self._job)
+            return
         if self._stage is Stage.TRIAL and (not self._trial_kinds or (self._trial is not None and self._trial.readable)):
             self._make()
+            self._look()
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
@@ -225,7 +270,9 @@ class Autoplan:
                 assert section.index is not None
                 by_kind.setdefault(section.kind, []).append(section.index)
         # Not one at the end: backward begins and ends with those.
-        self._trial_kinds = {indices[len(indices) // 2]: kind for kind, indices in by_kind.items()}
+        self._trial_kinds = {
+            index: kind for kind, indices in by_kind.items() for index in _spread(indices, TRIALS_OF_A_KIND)
+        }
         timeline = self._read({})
         sections = tuple(
             SectionPlan(name=record.name, mode="selective" if index in self._trial_kinds else "save")
@@ -241,16 +288,17 @@ class Autoplan:
     def _selective_ms(self) -> dict[object, float]:
         if self._trial is None or not self._timed:
             return {}
-        all_usual = [_ms_by_section(log, "backward") for log in self._timed]
-        forward = _ms_by_section(self._timed[-1], "forward")
-        tried = _ms_by_section(self._trial, "backward")
-        found: dict[object, float] = {}
+        all_usual = [phase_ms(log) for log in self._timed]
+        tried = phase_ms(self._trial)
+        found: dict[object, list[float]] = collections.defaultdict(list)
         for index, kind in self._trial_kinds.items():
-            usual = [ms[index] for ms in all_usual if index in ms]
-            if usual and index in tried and index in forward:
+            usual = [ms["backward", index] for ms in all_usual if ("backward", index) in ms]
+            forward = [ms["forward", index] for ms in all_usual if ("forward", index) in ms]
+            if usual and forward and ("backward", index) in tried:
                 # It takes some time, whatever the noise says.
-                found[kind] = max(_LEAST_AGAIN * forward[index], tried[index] - min(usual))
-        return found
+                least = _LEAST_AGAIN * min(forward)
+                found[kind].append(max(least, tried["backward", index] - min(usual)))
+        return {kind: statistics.median(times) for kind, times in found.items()}
 
     def _recipes(self) -> dict[int, Recipe]:
         if self._first is not None:
@@ -258,29 +306,45 @@ class Autoplan:
         return self._known
 
     def _make(self) -> None:
-        assert self._first is not None
+        """Begin to make a plan: at once on the CPU, whose steps are the host's; beside the steps elsewhere."""
         policy = self._policy
-        start = time.perf_counter()
-        timeline = self._read(self._selective_ms())
-        if self._num_plans == 0:
-            timeline, self.agreed_with = agreed(timeline)
+        self._recipes()
+        budget = policy.device_budget_bytes
+        slowdown = DEFAULT_SLOWDOWN if budget is None and policy.max_slowdown is None else policy.max_slowdown
+        goal = Goal(
+            device_budget=budget,
+            max_slowdown=slowdown,
+            recompute=policy.recompute,
+            rules=tuple(tuple(rule) for rule in policy.rules),  # type: ignore[misc]
+        )
         if self._link is None:
             self._link = self._measure_link()
-        self.timeline = timeline
-        budget = policy.device_budget_bytes
-        slowdown = policy.max_slowdown if budget is not None or policy.max_slowdown is not None else DEFAULT_SLOWDOWN
-        goal = Goal(
-            device_budget=budget, max_slowdown=slowdown, recompute=policy.recompute, rules=tuple(policy.rules)
-        )
-        plan = make_plan(timeline, self._link, goal)
-        self._course = Course(plan, timeline, self._recipes())
-        self.prediction = simulate(timeline, plan, self._link)
-        self.planning_ms = (time.perf_counter() - start) * 1e3
+        self._job = _Planning(self._read(self._selective_ms()), self._link, goal, agree=self._num_plans == 0)
+        self._stage = Stage.PLANNING
+        self._first, self._timed, self._trial = None, [], None
+        if self._device.type == "cpu":
+            self._job.run()
+        else:
+            threading.Thread(target=self._job.run, name="lighterage-plan", daemon=True).start()
+
+    def _adopt(self, job: _Planning) -> None:
+        """Carry out, from this step on, what was planned.
+
+        Raises:
+            BudgetError, ValueError: no plan keeps to the budget, or to the rules.
+        """
+        self.timeline = job.timeline
+        if job.error is not None:
+            raise job.error.with_traceback(None)
+        assert job.plan is not None
+        self._course = Course(job.plan, job.timeline, self._known)
+        self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
         self.measured_ms = self.measured_peak_bytes = None
+        self.measured_phases_ms = []
         self._stage = Stage.PLANNED
         self._steps = self._slow = 0
         self._num_plans += 1
-        self._first, self._timed, self._trial = None, [], None
+        self._job = None
 
     # --- drift ------------------------------------------------------------------------------------------------------
 
@@ -288,6 +352,10 @@ class Autoplan:
         self.measured_ms = log.clock.ms(log.boundaries[0].at, log.boundaries[-1].at)
         peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
         self.measured_peak_bytes = max(peaks) if peaks else max((b.live_bytes for b in log.boundaries), default=0)
+        self.measured_phases_ms = [
+            (b.direction, None if b.section is None else b.section.index, log.clock.ms(b.at, after.at))
+            for b, after in zip(log.boundaries, log.boundaries[1:], strict=False)
+        ]
         if self.prediction is not None:
             self._slow = self._slow + 1 if self.measured_ms > SLOWER * self.prediction.step_ms else 0
             if self._slow >= 2:
@@ -337,7 +405,7 @@ class Autoplan:
             if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
                 one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
         module = self._module_of(section.name)
-        one.kind = type(module)
+        one.kind = class_of(module)
         if self._policy.recompute == "never":
             one.not_recomputed = 'recompute="never"'
         else:
@@ -423,6 +491,16 @@ class Autoplan:
         if self._log is not None:
             self._log.waited(wait)
 
+    @property
+    def measures(self) -> bool:
+        """Whether what this step shows is taken for what a step is."""
+        return self._log is not None and self._run is None
+
+    def reloaded(self) -> None:
+        """What a section saved, and was away, is on its way back as its backward begins."""
+        if self._log is not None:
+            self._log.settle_live()
+
     def _may_keep(self) -> bool:
         """Whether there is room on the device for what one more section saves."""
         need = 2 * self._most_bytes
@@ -467,12 +545,10 @@ class _Watched(contextlib.AbstractContextManager[None]):
             self._log.not_recomputed = self._log.not_recomputed or change
 
 
-def _ms_by_section(log: StepLog, direction: str) -> dict[int, float]:
-    found: collections.defaultdict[int, float] = collections.defaultdict(float)
-    for here, there in zip(log.boundaries, log.boundaries[1:], strict=False):
-        if here.direction == direction and here.section is not None and here.section.index is not None:
-            found[here.section.index] += log.clock.ms(here.at, there.at)
-    return found
+def _spread(indices: list[int], num: int) -> list[int]:
+    """Up to `num` of `indices`, from the middle of as many equal parts."""
+    num = min(num, len(indices))
+    return [indices[(2 * part + 1) * len(indices) // (2 * num)] for part in range(num)]
 
 
 def _capturing(device: torch.device) -> bool:

@@ -86,6 +86,14 @@ class Attachment:
             module.__class__ = type(module).__mro__[1]
 
 
+def class_of(module: nn.Module | None) -> type | None:
+    """The class of `module` as its author knows it."""
+    kind = type(module)
+    while "_lighterage_attachment" in vars(kind):
+        kind = kind.__mro__[1]
+    return None if module is None else kind
+
+
 def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
     # See Note [What torch.compile sees of a scope].
     @see_through

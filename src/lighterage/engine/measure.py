@@ -207,9 +207,14 @@ class StepLog:
             boundary = Boundary(direction, section, self.clock.mark())
             boundary.peak_bytes = self.gauge.peak()
             self.gauge.start()
-            if self.detailed:
-                boundary.live_bytes = sum(save.live_bytes for one in self.sections for save in one.saves)
             self.boundaries.append(boundary)
+            self.settle_live()
+
+    def settle_live(self) -> None:
+        """Take what is alive now for what is alive at the last boundary."""
+        if self.detailed:
+            live = sum(save.live_bytes for one in self.sections for save in one.saves)
+            self.boundaries[-1].live_bytes = max(self.boundaries[-1].live_bytes, live)
 
     def entered(self, section: SectionLog) -> None:
         """A section's forward begins."""

@@ -24,6 +24,7 @@ from .allocation import Allocation
 from .autoplan import Autoplan
 from .handles import unpack
 from .hooks import Attachment
+from .lanes import Wait
 from .ledger import Ledger, OffloadStats
 from .link import measure_link
 from .measure import MeasuringPack
@@ -93,6 +94,9 @@ class Offloader:
         self._named: dict[str, None] = {}
         self._kept_names: frozenset[str] | None = None
         self._attachments: list[Attachment] = []
+        self._release_waits: collections.deque[Wait] = collections.deque(maxlen=1024)
+        self._last_release_waits: list[Wait] = []
+        self._traffic.on_wait = self._waited
         self._auto: Autoplan | None = None if policy.by_hand else self._make_autoplan()
         try:
             self._attach()
@@ -107,8 +111,12 @@ class Offloader:
         auto = Autoplan(
             self._policy, self._traffic, self._modules.module_of, device, functools.partial(_link, device, tier)
         )
-        self._traffic.on_wait = auto.waited
         return auto
+
+    def _waited(self, wait: Wait) -> None:
+        self._release_waits.append(wait)
+        if self._auto is not None:
+            self._auto.waited(wait)
 
     # --- scopes ---------------------------------------------------------------------------------------------------
 
@@ -358,7 +366,9 @@ class Offloader:
                 if section.orders is not None:
                     return
             ahead: list[Section] = []
-            wanted = self._policy.prefetch_ahead
+            # What is measured has its bytes back when it wants them, and not before.
+            measures = self._auto is not None and self._auto.measures
+            wanted = 0 if measures else self._policy.prefetch_ahead
             if wanted:
                 live = {index: s for index, ref in self._live.items() if (s := ref()) is not None}
                 for upcoming in self._order.upcoming(section.index, live):
@@ -369,6 +379,8 @@ class Offloader:
                     if not wanted:
                         break
             self._traffic.come_back_for(section, ahead)
+            if self._auto is not None and measures:
+                self._auto.reloaded()
 
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes over `allocation`, on the device."""
@@ -452,6 +464,8 @@ class Offloader:
             self._settled = self._stores.settle()
         if self._auto is not None:
             self._auto.step_ended()
+        self._last_release_waits = list(self._release_waits)
+        self._release_waits.clear()
         self._ledger.finish_step()
         self._order.finish_step()
         self._unreleased.clear()
@@ -533,6 +547,7 @@ class Offloader:
                 order=self._order,
                 policy=self._policy,
                 auto=self._auto,
+                release_wait_ms=sum(wait.milliseconds() or 0.0 for wait in self._last_release_waits),
             )
 
     def close(self) -> None:

@@ -51,6 +51,8 @@ class Report:
     refusals: dict[str, int]
     prefetch_hits: int
     prefetch_misses: int
+    release_wait_ms: float = 0.0
+    """Time for which copies out were waited for, so that device memory could go."""
     plan: str | None = None
     """What the plan is for, or what is still missing to make one; None where it is made by hand."""
     predicted_ms: float | None = None
@@ -59,6 +61,10 @@ class Report:
     """The same as it was last measured."""
     predicted_peak_bytes: int | None = None
     measured_peak_bytes: int | None = None
+    foreseen_phases_ms: list[tuple[str, int | None, float]] = dataclasses.field(default_factory=list)
+    """Direction, section and time of each phase, as they were foreseen."""
+    measured_phases_ms: list[tuple[str, int | None, float]] = dataclasses.field(default_factory=list)
+    """The same as they were last measured."""
     planning_ms: float | None = None
     """Host time that making the plan took, once."""
     link: str | None = None
@@ -77,7 +83,7 @@ class Report:
 
 
 def build_report(
-    *, ledger: Ledger, stats: OffloadStats, sections_from: str, order: BackwardOrder, policy: Policy, auto: Autoplan | None
+    *, ledger: Ledger, stats: OffloadStats, sections_from: str, order: BackwardOrder, policy: Policy, auto: Autoplan | None, release_wait_ms: float
 ) -> Report:
     """The report on the last finished step of `ledger`."""
     by_name: dict[str, list[Row]] = {}
@@ -95,6 +101,7 @@ def build_report(
         refusals=dict(ledger.refusals),
         prefetch_hits=order.hits,
         prefetch_misses=order.misses,
+        release_wait_ms=release_wait_ms,
         **({} if auto is None else _of_plan(auto)),
     )
 
@@ -107,6 +114,10 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         "predicted_peak_bytes": None if prediction is None else prediction.peak_bytes,
         "measured_ms": auto.measured_ms,
         "measured_peak_bytes": auto.measured_peak_bytes,
+        "foreseen_phases_ms": []
+        if prediction is None
+        else [(p.direction, p.section, p.end_ms - p.start_ms) for p in prediction.phases],
+        "measured_phases_ms": list(auto.measured_phases_ms),
         "planning_ms": auto.planning_ms,
         "link": auto.link_text,
         "drifts": auto.num_drifts,
@@ -185,7 +196,10 @@ def _lines(report: Report) -> list[str]:
         f"{format_bytes(stats.host_bytes_reserved)}",
     ]
     if report.plan is not None:
-        lines.append(f"{stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all")
+        lines.append(
+            f"exposed: {stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all, and {report.release_wait_ms:.2f} "
+            "ms of waiting for copies out"
+        )
         return lines
     lines.append(
         f"next section foreseen {report.prefetch_hits} times, missed {report.prefetch_misses} times; "

@@ -35,6 +35,20 @@ class Recorder:
     def __call__(self, tensor: torch.Tensor) -> Unpackable:
         return self._pack(tensor, self._section)
 
+    def hold(self, tensor: torch.Tensor) -> Unpackable:
+        """Move a tensor that autograd has not saved."""
+        return _held(self._pack, tensor, self._section)
+
+
+def _held(pack: Pack, tensor: torch.Tensor, section: Section) -> Unpackable:
+    """Pack what is to move whatever the plan or the policy says of the section."""
+    orders, reason = section.orders, section.keep_reason
+    section.orders = section.keep_reason = None
+    try:
+        return pack(tensor, section)
+    finally:
+        section.orders, section.keep_reason = orders, reason
+
 
 class _Entered(threading.local):
     def __init__(self) -> None:
@@ -85,6 +99,14 @@ class BetweenSections:
             self._pack = self._gaps.pack_of(self._section)
         assert self._pack is not None
         return self._pack(tensor, self._section)
+
+    def hold(self, tensor: torch.Tensor) -> Unpackable:
+        """Move a tensor that autograd has not saved."""
+        if self._section is None:
+            self._section = self._gaps.open_gap(self._position)
+            self._pack = self._gaps.pack_of(self._section)
+        assert self._pack is not None
+        return _held(self._pack, tensor, self._section)
 
     @property
     def begun(self) -> bool:

@@ -11,6 +11,9 @@ from .measure import SaveLog, SectionLog, StepLog
 _NO_PHASE = 0.0005
 
 
+_Scale = dict[tuple[str, int | None], float]
+
+
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """How what a section saves is found where it is computed again, in which other tensors are saved."""
@@ -30,8 +33,8 @@ class _Stretch:
     section: int | None
     ms: float
     work_bytes: int
-    num: int
-    """Its place among the boundaries of the log."""
+    raw_ms: float
+    """With the waits."""
 
 
 def is_like(a: StepLog, b: StepLog) -> bool:
@@ -72,8 +75,10 @@ def read_timeline(logs: list[StepLog], first: StepLog, *, device: str, selective
     stretches = _without_moments(stretches)
     peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
     told = {(s.index, s.name): s for s in first.sections}
+    # Moments inside a phase are told as if its waits had been spread over it.
+    scale = {(s.direction, s.section): s.ms / s.raw_ms for s in stretches if s.section is not None and s.raw_ms}
     return Timeline(
-        sections=tuple(_section(log, one, told.get((one.index, one.name)), selective) for one in log.sections),
+        sections=tuple(_section(log, one, told.get((one.index, one.name)), selective, scale) for one in log.sections),
         phases=tuple(
             Phase(direction=s.direction, section=s.section, ms=s.ms, work_bytes=s.work_bytes)  # type: ignore[arg-type]
             for s in stretches
@@ -82,6 +87,11 @@ def read_timeline(logs: list[StepLog], first: StepLog, *, device: str, selective
         device_bytes=log.gauge.total(),
         measured_peak_bytes=max(peaks) if peaks else max(b.live_bytes for b in log.boundaries),
     )
+
+
+def phase_ms(log: StepLog) -> dict[tuple[str, int], float]:
+    """Milliseconds of each section's phases, waits for copies taken off."""
+    return {(s.direction, s.section): s.ms for s in _stretches(log) if s.section is not None}
 
 
 def _stretches(log: StepLog) -> list[_Stretch]:
@@ -93,17 +103,19 @@ def _stretches(log: StepLog) -> list[_Stretch]:
     for num, (here, there) in enumerate(zip(log.boundaries, log.boundaries[1:], strict=False)):
         section = None if here.section is None else here.section.index
         direction = "other" if section is None else here.direction
-        ms = log.clock.ms(here.at, there.at) - waits.get(num, 0.0)
+        raw = log.clock.ms(here.at, there.at)
+        ms = raw - waits.get(num, 0.0)
         if direction == "backward" and here.section is not None:
             ms -= here.section.row.late_ms
         peak = there.peak_bytes or 0
         stretch = _Stretch(
-            direction, section, max(ms, 0.0), max(0, peak - max(here.live_bytes, there.live_bytes)), num
+            direction, section, max(ms, 0.0), max(0, peak - max(here.live_bytes, there.live_bytes)), raw
         )
         if section is not None:
             known = found.get((direction, section))
             if known is not None:  # something else came between
                 known.ms += stretch.ms
+                known.raw_ms += raw
                 known.work_bytes = max(known.work_bytes, stretch.work_bytes)
                 continue
             found[(direction, section)] = stretch
@@ -128,7 +140,11 @@ def _without_moments(stretches: list[_Stretch]) -> list[_Stretch]:
 
 
 def _section(
-    log: StepLog, section: SectionLog, told: SectionLog | None, selective: dict[object, float]
+    log: StepLog,
+    section: SectionLog,
+    told: SectionLog | None,
+    selective: dict[object, float],
+    scale: _Scale,
 ) -> SectionRecord:
     born_from = next((b for b in log.boundaries if b.section is section and b.direction == "forward"), None)
     dear = _dear(told) if told is not None else {}
@@ -136,6 +152,7 @@ def _section(
     allocations = []
     for save in section.saves:
         born_ms = 0.0 if born_from is None else max(0.0, log.clock.ms(born_from.at, save.born))
+        born_ms *= scale.get(("forward", section.index), 1.0)
         twin = known.get(save.save)
         kind = save.kind if twin is None else twin.kind
         if told is not None and told.products and kind != "input":
@@ -146,7 +163,7 @@ def _section(
                 nbytes=save.nbytes,
                 held_bytes=max(save.held_bytes, save.nbytes),
                 born_ms=born_ms,
-                uses=_uses(log, save),
+                uses=_uses(log, save, scale),
                 kind=kind,
                 label=save.label,
                 module="" if twin is None else twin.module,
@@ -164,13 +181,13 @@ def _section(
     )
 
 
-def _uses(log: StepLog, save: SaveLog) -> tuple[Use, ...]:
+def _uses(log: StepLog, save: SaveLog, scale: _Scale) -> tuple[Use, ...]:
     uses: list[Use] = []
     for num, at in save.uses:
         boundary = log.boundaries[num]
         if boundary.direction != "backward" or boundary.section is None or boundary.section.index is None:
             continue
-        ms = max(0.0, log.clock.ms(boundary.at, at))
+        ms = max(0.0, log.clock.ms(boundary.at, at)) * scale.get(("backward", boundary.section.index), 1.0)
         if uses and uses[-1].section == boundary.section.index:
             uses[-1] = dataclasses.replace(uses[-1], last_ms=max(ms, uses[-1].last_ms))
         else:
