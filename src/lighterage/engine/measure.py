@@ -289,7 +289,7 @@ class StepLog:
                     log.saves.append(brought)
                 brought.take(part)
                 self._by_key[key] = known = brought
-            known.cover(key, *byte_range(part))
+            known.cover(key, *byte_range(part, part.nbytes))
             if known not in read:
                 read.append(known)
         if brought is not None:

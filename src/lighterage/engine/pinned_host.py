@@ -20,46 +20,34 @@ FENCE_BYTES = 4 << 20
 
 
 class _Shared:
-    """One block for all that was evicted together. It is given back when the last of them has been."""
+    """One block for all that was evicted together. It is given back when the last of them is gone."""
 
-    __slots__ = ("_fences", "_users", "address", "block", "left")
+    __slots__ = ("address", "block", "left", "reads")
 
-    def __init__(self, block: Block, num_users: int) -> None:
+    def __init__(self, block: Block) -> None:
         self.block = block
         # Where a block crosses from one registration into the next it has no single address to copy to.
         self.address = block.parts[0].data_ptr() if len(block.parts) == 1 else None
         self.left: Fence = FINISHED
-        self._users = [None] * num_users
-        self._fences: set[Fence] = set()
+        self.reads: dict[Fence, None] = {}
 
-    def retire(self, fences: Iterable[Fence]) -> None:
-        # Called from finalizers in any thread: each operation is atomic, and the last pop tells the last user.
-        self._fences.update(fences)
-        self._users.pop()
-        if not self._users:
-            self.block.retire((self.left, *self._fences))
+    def __del__(self) -> None:
+        # Whatever drops the last of them runs this: it takes no lock.
+        self.block.retire((self.left, *self.reads))
 
 
 class _RestedInHost:
     """Bytes in a pinned block."""
 
-    __slots__ = ("_at", "_retired", "nbytes", "shared")
+    __slots__ = ("_at", "address", "left", "nbytes", "shared")
 
-    def __init__(self, shared: _Shared, at: int, nbytes: int) -> None:
+    def __init__(self, shared: _Shared, at: int, nbytes: int, address: int) -> None:
         self.shared = shared
         self.nbytes = nbytes
+        self.address = address
+        """Where the bytes are, if the block has an address."""
         self._at = at
-        self._retired = False
-
-    @property
-    def left(self) -> Fence:
-        return self.shared.left
-
-    @property
-    def address(self) -> int:
-        """Where the bytes are; asked for only where the block has an address."""
-        assert self.shared.address is not None
-        return self.shared.address + self._at
+        self.left: Fence = FINISHED
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -67,10 +55,9 @@ class _RestedInHost:
         return _slice(self.shared.block.parts, self._at, self._at + self.nbytes)
 
     def retire(self, fences: Iterable[Fence] = ()) -> None:
-        # Only its owner calls this: under the offloader's lock, or, when nobody can any more, in its finalizer.
-        if not self._retired:
-            self._retired = True
-            self.shared.retire(fences)
+        if hasattr(self, "shared"):
+            self.shared.reads.update(dict.fromkeys(fences))
+            del self.shared
 
 
 def _overlaps(data: torch.Tensor, others: Sequence[tuple[object, torch.Tensor]]) -> bool:
@@ -120,6 +107,8 @@ class HostTransport(Accelerator):
                 left = streams.fence(lane)
             for shared in rooms:
                 shared.left = left
+            for one, _ in work:
+                one.left = left
         return list(placed)
 
     def _place(self, sizes: Sequence[int]) -> list[_RestedInHost | None]:
@@ -131,10 +120,18 @@ class HostTransport(Accelerator):
                 total += -(-size // _ROOM) * _ROOM
             block = self._arena.acquire(total, self.has_room)
             if block is not None:
-                shared = _Shared(block, len(sizes))
-                return [_RestedInHost(shared, at, size) for at, size in zip(starts, sizes, strict=True)]
-        blocks = [self._arena.acquire(size, self.has_room) for size in sizes]
-        return [None if one is None else _RestedInHost(_Shared(one, 1), 0, one.nbytes) for one in blocks]
+                shared = _Shared(block)
+                address = shared.address or 0
+                return [_RestedInHost(shared, at, n, address + at) for at, n in zip(starts, sizes, strict=True)]
+        placed: list[_RestedInHost | None] = []
+        for size in sizes:
+            block = self._arena.acquire(size, self.has_room)
+            if block is None:
+                placed.append(None)
+            else:
+                shared = _Shared(block)
+                placed.append(_RestedInHost(shared, 0, size, shared.address or 0))
+        return placed
 
     def _copy_out(
         self, work: Sequence[tuple[_RestedInHost, Source]], lane: torch.Stream, current: torch.Stream
@@ -142,12 +139,10 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
-        if self._batches is not None and all(one.shared.address is not None for one, _ in work):
-            to, here, sizes = [], [], []
-            for one, (storage, lo, hi) in work:
-                to.append(one.address)
-                here.append(storage.data_ptr() + lo)
-                sizes.append(hi - lo)
+        to = [one.address for one, _ in work]
+        if self._batches is not None and all(to):
+            here = [storage.data_ptr() + lo for _, (storage, lo, _) in work]
+            sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, here, sizes, self._streams.key()):
                 return
         for one, (storage, lo, hi) in work:
@@ -161,37 +156,51 @@ class HostTransport(Accelerator):
         streams.after(current, lane)
         fences: list[Fence] = []
         gathered: list[tuple[_RestedInHost, torch.Tensor]] = []
+        several: list[list[tuple[_RestedInHost, torch.Tensor]]] = []
         nbytes = num_batches = 0
         with streams.on(lane, current):
             for batch in batches:
                 for resting, data in batch:
                     if len(batch) > 1 and _overlaps(data, gathered):
                         # What was copied out last is newer, and copies of one call come in no order.
-                        self._copy_in(gathered, lane, current)
+                        several.append(gathered)
                         gathered = []
                     nbytes += resting.nbytes
                     gathered.append((resting, data))  # type: ignore[arg-type]
                 num_batches += 1
                 if nbytes >= FENCE_BYTES or num_batches + len(fences) == len(batches):
-                    self._copy_in(gathered, lane, current)
-                    fences.extend([streams.fence(lane)] * num_batches)
-                    gathered, nbytes, num_batches = [], 0, 0
+                    several.append(gathered)
+                    fences.extend([self._copy_in(several, lane, current)] * num_batches)
+                    gathered, several, nbytes, num_batches = [], [], 0, 0
         return fences
 
     def _copy_in(
+        self,
+        several: Sequence[Sequence[tuple[_RestedInHost, torch.Tensor]]],
+        lane: torch.Stream,
+        current: torch.Stream,
+    ) -> Fence:
+        """Start these copies, in this order as far as they are not of one list; the fence after them all."""
+        rooms = {one.shared: None for work in several for one, _ in work}
+        for left in {shared.left: None for shared in rooms}:
+            await_on(lane, left)
+        for work in several:
+            self._start(work, lane, current)
+        fence = self._streams.fence(lane)
+        for shared in rooms:
+            shared.reads[fence] = None
+        return fence
+
+    def _start(
         self, work: Sequence[tuple[_RestedInHost, torch.Tensor]], lane: torch.Stream, current: torch.Stream
     ) -> None:
-        for left in {one.shared.left: None for one, _ in work}:
-            await_on(lane, left)
         if self._several_streams:
             for _, data in work:
                 self._claim(data, lane, current)
-        if self._batches is not None and all(one.shared.address is not None for one, _ in work):
-            to, there, sizes = [], [], []
-            for one, data in work:
-                to.append(data.data_ptr())
-                there.append(one.address)
-                sizes.append(one.nbytes)
+        there = [one.address for one, _ in work]
+        if self._batches is not None and all(there):
+            to = [data.data_ptr() for _, data in work]
+            sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, there, sizes, self._streams.key()):
                 return
         for one, data in work:

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from ..errors import OffloadError
-from .views import InPlaceWatch, changed_in_place, type_name
+from .views import changed_in_place, emptied_alias, type_name
 
 Op = torch._ops.OpOverload
 
@@ -51,20 +51,20 @@ class HeldHere:
 class HeldOnHost:
     """A tensor that was copied to host memory."""
 
-    __slots__ = ("_copy", "_device", "_watch")
+    __slots__ = ("_alias", "_copy", "_device", "_version")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._device = tensor.device
-        self._watch = InPlaceWatch(tensor)
+        self._alias = emptied_alias(tensor)
+        self._version = self._alias._version
         self._copy = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
         self._copy.copy_(tensor.detach())
 
     def unpack(self) -> torch.Tensor:
-        watch = self._watch
-        if watch.now != watch.version:
-            raise changed_in_place(
-                str(self._copy.dtype), self._copy.shape, watch.version, watch.now, "selective recomputation"
-            )
+        now = self._alias._version
+        if now != self._version:
+            kind = str(self._copy.dtype)
+            raise changed_in_place(kind, self._copy.shape, self._version, now, "selective recomputation")
         back = torch.empty_strided(
             self._copy.size(), self._copy.stride(), dtype=self._copy.dtype, device=self._device
         )

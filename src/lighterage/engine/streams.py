@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -19,19 +20,16 @@ class Streams:
         self.inbound = torch.Stream(device)
         self.before_copies = before_copies
         self.events: list[torch.Event] = []
-        self._raw_stream: Callable[[int], int] | None = (
-            torch._C._cuda_getCurrentRawStream if device.type == "cuda" else None
+        self.key: Callable[[], int] = (
+            functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+            if device.type == "cuda"
+            else functools.partial(_stream_id, device)
         )
+        """Tells the current stream from every other one of the device; cheaper than the stream itself."""
 
     def current(self) -> torch.Stream:
         """The stream that the calling thread issues work on."""
         return torch.accelerator.current_stream(self.device)
-
-    def key(self) -> int:
-        """Tells the current stream from every other one of the device; cheaper than the stream itself."""
-        if self._raw_stream is not None:
-            return self._raw_stream(self.device.index)
-        return int(self.current().stream_id)
 
     @contextlib.contextmanager
     def on(self, lane: torch.Stream, back_to: torch.Stream) -> Iterator[None]:
@@ -55,6 +53,10 @@ class Streams:
     def fence(self, lane: torch.Stream) -> EventFence:
         """What was issued on `lane` so far."""
         return EventFence(self, lane)
+
+
+def _stream_id(device: torch.device) -> int:
+    return int(torch.accelerator.current_stream(device).stream_id)
 
 
 class EventFence:
