@@ -52,6 +52,27 @@ def _link(device: torch.device, tier: str) -> Link:
     return measure_link(device, tier)
 
 
+class _Waits:
+    """Waits of one step, added up as they become known."""
+
+    def __init__(self, waits: Iterable[Wait]) -> None:
+        self._unknown = list(waits)
+        self._ms = 0.0
+        self.settle()
+
+    def settle(self) -> float:
+        """Milliseconds in all, as far as is known. Never blocks."""
+        unknown = []
+        for wait in self._unknown:
+            ms = wait.milliseconds()
+            if ms is None:
+                unknown.append(wait)
+            else:
+                self._ms += ms
+        self._unknown = unknown
+        return self._ms
+
+
 class _Threads(threading.local):
     def __init__(self) -> None:
         self.between: list[BetweenSections] = []
@@ -95,7 +116,7 @@ class Offloader:
         self._kept_names: frozenset[str] | None = None
         self._attachments: list[Attachment] = []
         self._release_waits: collections.deque[Wait] = collections.deque(maxlen=1024)
-        self._last_release_waits: list[Wait] = []
+        self._last_release_waits = _Waits(())
         self._traffic.on_wait = self._waited
         self._auto: Autoplan | None = None if policy.by_hand else self._make_autoplan()
         try:
@@ -464,7 +485,7 @@ class Offloader:
             self._settled = self._stores.settle()
         if self._auto is not None:
             self._auto.step_ended()
-        self._last_release_waits = list(self._release_waits)
+        self._last_release_waits = _Waits(self._release_waits)
         self._release_waits.clear()
         self._ledger.finish_step()
         self._order.finish_step()
@@ -547,7 +568,7 @@ class Offloader:
                 order=self._order,
                 policy=self._policy,
                 auto=self._auto,
-                release_wait_ms=sum(wait.milliseconds() or 0.0 for wait in self._last_release_waits),
+                release_wait_ms=self._last_release_waits.settle(),
             )
 
     def close(self) -> None:
