@@ -52,8 +52,8 @@ def main(argv: list[str] | None = None) -> int:
         "curve": lambda: cases.goals(bench, budgets, max(1, rounds // 2), None),
         "checkpoint": lambda: cases.checkpoint_mixes(bench, max(1, rounds // 2)),
         "peers": lambda: cases.peers(bench, 1),
-        "host": lambda: cases.host_time(bench, 3 if args.tiny else 10),
-        "bits": lambda: cases.bits(bench, goals),
+        "host": lambda: cases.host_time(bench, device, 3 if args.tiny else 30),
+        "bits": lambda: cases.bits(bench, [goal for goal in goals if "device_budget" not in goal[1]]),
         "stack": lambda: [
             row
             for recipe in ("fp8_block", "bf16")

@@ -23,7 +23,6 @@ from .planner.timeline import Link, Timeline
 
 __all__ = [
     "BudgetError",
-    "BudgetError",
     "Goal",
     "Link",
     "LiveSection",
