@@ -178,9 +178,14 @@ def bits(bench: Bench, chosen: Sequence[tuple[str, dict[str, Any]]]) -> list[Row
                 for _ in range(10):  # steps that measure, then steps under the plan
                     equal = equal and torch.equal(mode.step(bench.x, bench.probe), loss)
                     equal = equal and _same_gradients(mode, wanted)
-                modes = [s.mode for s in offloader.plan.sections] if offloader.plan is not None else []
+                modes = {s.mode for s in offloader.plan.sections} if offloader.plan is not None else set()
                 rows.append(
-                    {"mode": name, "equal": equal, "bytes_out": offloader.stats().bytes_out, "modes": sorted(set(modes))}
+                    {
+                        "mode": name,
+                        "equal": equal,
+                        "bytes_out": offloader.stats().bytes_out,
+                        "modes": sorted(set(modes)),
+                    }
                 )
     finally:
         torch.use_deterministic_algorithms(deterministic)
@@ -225,8 +230,8 @@ def peers(bench: Bench, rounds: int) -> list[Row]:
 def host_time(bench: Bench, device: torch.device, rounds: int) -> Row:
     """Host time that carrying out the plan of the wide model adds to a step, on a model that waits for its host.
 
-    The narrow model is of the same layers, so the plan fits it save by save; from the first call of forward to the return
-    of backward nothing is waited for, and what the device takes hides behind the host.
+    The narrow model is of the same layers, so the plan fits it save by save; from the first call of forward to the
+    return of backward nothing is waited for, and what the device takes hides behind the host.
     """
     with planned(bench, max_slowdown=0.01, recompute="never") as (mode, row):
         plan, timeline = mode.offloader.plan, mode.offloader.timeline

@@ -38,6 +38,7 @@ __all__ = [
     "mark_offload",
     "offload",
     "plan",
+    "selective_checkpoint_contexts",
     "simulate",
 ]
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 import lighterage
 from lighterage.planner.plan import Plan
 from lighterage.planner.timeline import Timeline
-
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, measured, random_plan, train
 
 WIDTH = 32
@@ -66,7 +65,16 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Timeline]:
     return request.param, measured(model, model.layers if request.param == "layers" else model, inputs())
 
 
-def under(plan: Plan, timeline: Timeline, given: str, *, num: int = 1, rows: int = 16, layers: int = 4, learn: bool = False) -> int:
+def under(
+    plan: Plan,
+    timeline: Timeline,
+    given: str,
+    *,
+    num: int = 1,
+    rows: int = 16,
+    layers: int = 4,
+    learn: bool = False,
+) -> int:
     """The bytes that moved while `plan` was carried out."""
     plain, model = models(layers)
     expected = train(plain, inputs(num, rows), 3)

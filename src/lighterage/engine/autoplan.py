@@ -1,4 +1,4 @@
-"""Decides, step by step, what is measured and which plan is carried out; makes the plan when enough has been measured."""
+"""Decides, step by step, what is measured and which plan is carried out; makes the plan in between."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class _Planning:
 class Autoplan:
     """Measures the first steps, makes a plan, carries it out, and makes it anew when the steps change.
 
-    All methods are called with the offloader's lock held. It decides speed and memory: what is saved can be asked for at
-    any time whatever it says.
+    All methods are called with the offloader's lock held. It decides speed and memory: what is saved can be asked for
+    at any time whatever it says.
     """
 
     def __init__(
@@ -373,11 +373,14 @@ class Autoplan:
         self._stage = Stage.SIZING
         self._restarts = 0
         # Measuring must not take more memory than the plan did.
-        self._limit = self.measured_peak_bytes or (self.prediction and self.prediction.peak_bytes)
+        foreseen = None if self.prediction is None else self.prediction.peak_bytes
+        self._limit = self.measured_peak_bytes or foreseen
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
-    def opened(self, section: Section, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> contextlib.AbstractContextManager[object]:
+    def opened(
+        self, section: Section, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[object]:
         """A section begins: gives it its orders. The context is for its forward."""
         log, run = self._log, self._run
         if section.by_hand or section.keep_reason is not None:
@@ -414,7 +417,9 @@ class Autoplan:
         if one.not_recomputed is not None or module is None:
             return contextlib.nullcontext()
         told = contextlib.ExitStack()
-        told.enter_context(_Watched(StateWatch(module, inputs), one, self._seen_running, _state_key(section.name, module)))
+        told.enter_context(
+            _Watched(StateWatch(module, inputs), one, self._seen_running, _state_key(section.name, module))
+        )
         if self._policy.rules:
             told.enter_context(ModuleWatch(module, one))
         told.enter_context(ProductTeller(one, lambda: section.row.saves))
@@ -557,4 +562,3 @@ def _capturing(device: torch.device) -> bool:
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-

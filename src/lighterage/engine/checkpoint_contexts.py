@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,8 +35,8 @@ def selective_checkpoint_contexts(
     The same as `functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, policy)`, but that what
     `CheckpointPolicy.MUST_CPU_OFFLOAD` and `PREFER_CPU_OFFLOAD` name is moved and comes back, where PyTorch computes it
     again. It moves as the innermost lighterage scope around the checkpoint moves things; where there is none (no
-    offloader, or one whose sections are the checkpointed layers themselves), it is copied to plain host memory, for which
-    the host waits. Random operators that are not computed again leave the generators as they found them in forward.
+    offloader, or one whose sections are the checkpointed layers themselves), it is copied to plain host memory, for
+    which the host waits. Random operators that are not computed again leave the generators as they found them in forward.
 
     Args:
         policy: a function of (context, operator, *args, **kwargs) that gives a `CheckpointPolicy`; or a list of
@@ -47,7 +47,7 @@ def selective_checkpoint_contexts(
     """
     if callable(policy):
         function = policy
-    elif isinstance(policy, Sequence) and all(isinstance(op, torch._ops.OpOverload) for op in policy):
+    elif _are_operators(policy):
         function = functools.partial(_save_listed, frozenset(policy))
     else:
         raise TypeError(
@@ -55,6 +55,10 @@ def selective_checkpoint_contexts(
             f"torch.ops.aten.mm.default; got {policy!r}."
         )
     return functools.partial(contexts, functools.partial(_choose, function))
+
+
+def _are_operators(policy: object) -> TypeGuard[Sequence[Op]]:
+    return isinstance(policy, Sequence) and all(isinstance(op, torch._ops.OpOverload) for op in policy)
 
 
 def _save_listed(ops: frozenset[Op], context: object, op: Op, *args: object, **kwargs: object) -> CheckpointPolicy:

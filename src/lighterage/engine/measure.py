@@ -30,7 +30,14 @@ MEASURED = "measured: nothing is moved"
 
 # What is kept for these reasons is no activation: it counts as the model's own memory.
 _RESIDENT = frozenset(
-    ["parameter", "buffer", "cast of a parameter", "under min_bytes", "on another device", "saved in an earlier section"]
+    [
+        "parameter",
+        "buffer",
+        "cast of a parameter",
+        "under min_bytes",
+        "on another device",
+        "saved in an earlier section",
+    ]
 )
 
 
@@ -47,8 +54,8 @@ class SaveLog:
         "born",
         "covered",
         "held_bytes",
-        "keys",
         "kept",
+        "keys",
         "kind",
         "label",
         "module",
@@ -242,7 +249,7 @@ class StepLog:
         task = torch._C._current_graph_task_id()
         if task != -1 and task not in self._callbacks:
             self._callbacks.add(task)
-            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)  # type: ignore[attr-defined]
+            torch.autograd.Variable._execution_engine.queue_callback(self._backward_ended)
 
     def _backward_ended(self) -> None:
         if not self.closed:

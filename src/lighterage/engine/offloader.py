@@ -18,7 +18,7 @@ from torch import nn
 
 from ..errors import OffloadError
 from ..planner.plan import Plan
-from ..planner.timeline import Link, Timeline
+from ..planner.timeline import Timeline
 from ..unseen import Unseen, unseen
 from .allocation import Allocation
 from .autoplan import Autoplan
@@ -46,10 +46,6 @@ WATCH_MEMORY_STEPS = 3
 
 SectionPlan = Literal["policy", "manual", "keep"]
 """Who decides what moves of one section: the policy, calls of `evict` and `release`, or nobody: all of it stays."""
-
-
-def _link(device: torch.device, tier: str) -> Link:
-    return measure_link(device, tier)
 
 
 class _Waits:
@@ -128,11 +124,9 @@ class Offloader:
 
     def _make_autoplan(self) -> Autoplan:
         device = next(iter(self._residents.accelerators), torch.device("cpu"))
-        tier = self._policy.tier or ("disk" if device.type == "cpu" else "host")
-        auto = Autoplan(
-            self._policy, self._traffic, self._modules.module_of, device, functools.partial(_link, device, tier)
-        )
-        return auto
+        tier = self._policy.tier
+        link = functools.partial(measure_link, device, tier)
+        return Autoplan(self._policy, self._traffic, self._modules.module_of, device, link)
 
     def _waited(self, wait: Wait) -> None:
         self._release_waits.append(wait)
@@ -301,9 +295,10 @@ class Offloader:
 
     def _step_may_begin(self) -> None:
         """If nothing of a step is there yet, one begins."""
-        if self._auto is not None and not self._live and self._num_open == 0 and not self._ledger.step.rows:
-            if not any(between.begun for between in self._threads.between):
-                self._auto.step_begins()
+        if self._auto is None or self._live or self._num_open or self._ledger.step.rows:
+            return
+        if not any(between.begun for between in self._threads.between):
+            self._auto.step_begins()
 
     def _first_save(self, section: Section) -> None:
         with self._lock:
@@ -538,8 +533,8 @@ class Offloader:
         with self._lock:
             if self._auto is None:
                 raise OffloadError(
-                    "this offloader's plan is made by hand: its policy names keep_last, release_after or prefetch_ahead. "
-                    "Leave them out to use a plan."
+                    "this offloader's plan is made by hand: its policy names keep_last, release_after or "
+                    "prefetch_ahead. Leave them out to use a plan."
                 )
             self._auto.use(plan, timeline)
 

@@ -1,4 +1,4 @@
-"""A plan made ready to be carried out: what one run of a section does with each of its saves, and what each phase begins."""
+"""A plan ready to be carried out: what a run of a section does with its saves, and what each phase begins."""
 
 from __future__ import annotations
 
@@ -24,9 +24,7 @@ TOLERANCE = 0.25
 class Course:
     """A plan over the phases of the timeline that it was made for."""
 
-    def __init__(
-        self, plan: Plan, timeline: Timeline, recipes: dict[int, Recipe], *, reason: str = PLAN_KEEPS
-    ) -> None:
+    def __init__(self, plan: Plan, timeline: Timeline, recipes: dict[int, Recipe], *, reason: str = PLAN_KEEPS) -> None:
         self.reason = reason
         """Why what it does not move stays."""
         self.plan = plan
@@ -52,8 +50,8 @@ class Course:
             self.sizes.append({a.save: a.nbytes for a in record.allocations} if record is not None else {})
         self.due: dict[int, list[tuple[int, int]]] = {}
         for index, moves in enumerate(self.moves):
-            for save, phase in moves.items():
-                self.due.setdefault(phase, []).append((index, save))
+            for save, due in moves.items():
+                self.due.setdefault(due, []).append((index, save))
 
     def is_other(self, phase: int) -> bool:
         """Whether a phase belongs to no section, so that nothing tells when it begins."""

@@ -58,8 +58,8 @@ DEFAULT_SLOWDOWN = 0.01
 class Policy:
     """How an offloader chooses what to move, where to, and when. Every field may be given to `offload` by its name.
 
-    Either the plan is made from what is measured (`device_budget`, or `max_slowdown`, which is 0.01 where nothing else is
-    said), or by hand (`keep_last`, `release_after`, `prefetch_ahead`).
+    Either the plan is made from what is measured (`device_budget`, or `max_slowdown`, which is 0.01 where nothing else
+    is said), or by hand (`keep_last`, `release_after`, `prefetch_ahead`).
 
     Raises:
         ValueError, TypeError: a field is out of its range or of the wrong type; the message says what to give.
@@ -95,12 +95,11 @@ class Policy:
     """Sections whose bytes are on their way back while backward works on one. 0: only on demand."""
 
     device_budget: int | str | None = None
-    """The most device memory of a step, as a number of bytes or `"40GiB"`: the fastest plan that stays under it is made.
-    On an accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved."""
+    """The most device memory of a step, as a number of bytes or `"40GiB"`: the fastest plan under it is made. On an accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved."""
 
     max_slowdown: float | None = None
-    """The part of a step that a plan may cost: with 0.02 the smallest peak is sought whose step is at most 1.02 times as
-    long."""
+    """The part of a step that a plan may cost: with 0.02 the smallest peak is sought whose step is at most 1.02 times
+    as long."""
 
     recompute: Literal["auto", "never"] = "auto"
     """Whether a plan may compute sections again in backward, whole or all but their products, where that is better than
@@ -108,8 +107,8 @@ class Policy:
 
     rules: Sequence[Rule] = ()
     """What binds the plan, the first that matches: pairs such as `("*.mlp", "offload")` or `("*.norm*", "keep")`, whose
-    pattern is that of file names and matches sections and the modules inside them. A third part matches shape and dtype:
-    `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again."""
+    pattern is that of file names and matches sections and the modules inside them. A third part matches shape and
+    dtype: `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again."""
 
     def __post_init__(self) -> None:
         for name in ("keep_last", "min_bytes", "release_after", "prefetch_ahead"):
@@ -156,8 +155,8 @@ class Policy:
                 raise ValueError(f"max_slowdown is a part of the step, such as 0.02, and not negative; got {value!r}.")
             if self.device_budget is not None:
                 raise ValueError(
-                    f"device_budget={self.device_budget!r} asks for the fastest plan under a peak, and max_slowdown={value!r} "
-                    "for the smallest peak at a price: one of them decides. Leave the other out."
+                    f"device_budget={self.device_budget!r} asks for the fastest plan under a peak, and "
+                    f"max_slowdown={value!r} for the smallest peak at a price: one of them decides. Leave the other out."
                 )
         goals = [name for name in ("device_budget", "max_slowdown") if getattr(self, name) is not None]
         goals += ["rules"] if self.rules else []
@@ -167,9 +166,10 @@ class Policy:
                 f"{goals[0]}={getattr(self, goals[0])!r} asks for a plan that is made from what is measured, and "
                 f"{hand}={int(getattr(self, hand))} makes one by hand. Leave one of the two out."
             )
-        if isinstance(self.rules, str) or not isinstance(self.rules, Sequence):
-            raise TypeError(f'rules are pairs such as [("*.mlp", "offload"), ("*.norm*", "keep")]; got {self.rules!r}.')
-        for rule in self.rules:
+        given: object = self.rules  # as it came, whatever its type says
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f'rules are pairs such as [("*.mlp", "offload"), ("*.norm*", "keep")]; got {given!r}.')
+        for rule in given:
             if not isinstance(rule, tuple | list) or not all(isinstance(part, str) for part in rule):
                 raise TypeError(f'a rule is a pattern and what becomes of it: ("*.mlp", "offload"); got {rule!r}.')
             if len(rule) not in (2, 3) or rule[1] not in ("offload", "keep", "recompute"):

@@ -23,7 +23,9 @@ Call = Callable[..., Any]
 Pack = Callable[[torch.Tensor, Section], Held]
 
 
-def run_again_later(call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], orders: PlannedOrders, pack: Pack) -> Any:
+def run_again_later(
+    call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], orders: PlannedOrders, pack: Pack
+) -> Any:
     """Call `call`, and let backward call it again for what it did not save.
 
     What it was given is saved, and so comes to the section's own pack hook; in mode `"selective"` the products do too.
@@ -138,7 +140,7 @@ class ProductTeller(TorchDispatchMode):
     """Notes which products a section's forward computes, and whether it writes over one of them."""
 
     def __init__(self, log: SectionLog, num_saves: Callable[[], int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
         self._num_saves = num_saves
         self._known: set[int] = set()

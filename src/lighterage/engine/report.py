@@ -83,7 +83,14 @@ class Report:
 
 
 def build_report(
-    *, ledger: Ledger, stats: OffloadStats, sections_from: str, order: BackwardOrder, policy: Policy, auto: Autoplan | None, release_wait_ms: float
+    *,
+    ledger: Ledger,
+    stats: OffloadStats,
+    sections_from: str,
+    order: BackwardOrder,
+    policy: Policy,
+    auto: Autoplan | None,
+    release_wait_ms: float,
 ) -> Report:
     """The report on the last finished step of `ledger`."""
     by_name: dict[str, list[Row]] = {}
@@ -197,8 +204,8 @@ def _lines(report: Report) -> list[str]:
     ]
     if report.plan is not None:
         lines.append(
-            f"exposed: {stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all, and {report.release_wait_ms:.2f} "
-            "ms of waiting for copies out"
+            f"exposed: {stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all, and "
+            f"{report.release_wait_ms:.2f} ms of waiting for copies out"
         )
         return lines
     lines.append(

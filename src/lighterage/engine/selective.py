@@ -1,4 +1,4 @@
-"""Selective recomputation: two dispatch modes, of which one holds what some operators gave and the other hands it out."""
+"""Selective recomputation: two dispatch modes; one puts by what some operators gave, the other hands it out."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Hold = Callable[[torch.Tensor], Held]
 """How a tensor is put by. It is called below autograd; what it returns must not hold the tensor itself."""
 
 Choose = Callable[[Op, int, tuple[Any, ...], dict[str, Any], Any], Hold | None]
-"""Of an operator, how often it was called before, its arguments and its result: how to put it by. None: compute again."""
+"""Of an operator, how often it was called before, its arguments and result: how to put it by. None: compute again."""
 
 
 class HeldHere:
@@ -65,9 +65,7 @@ class HeldOnHost:
         if now != self._version:
             kind = str(self._copy.dtype)
             raise changed_in_place(kind, self._copy.shape, self._version, now, "selective recomputation")
-        back = torch.empty_strided(
-            self._copy.size(), self._copy.stride(), dtype=self._copy.dtype, device=self._device
-        )
+        back = torch.empty_strided(self._copy.size(), self._copy.stride(), dtype=self._copy.dtype, device=self._device)
         return back.copy_(self._copy)
 
 
@@ -109,7 +107,7 @@ class _Keeping(TorchDispatchMode):
     """Runs around the forward: puts by what it is told to."""
 
     def __init__(self, store: _Store, choose: Choose) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._choose = choose
 
@@ -150,13 +148,13 @@ class _HandingOut(TorchDispatchMode):
     """Runs around the recomputation: gives what was put by instead of computing it."""
 
     def __init__(self, store: _Store) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._counts: collections.Counter[Op] = collections.Counter()
 
     def __enter__(self) -> _HandingOut:
         self._counts.clear()
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -168,9 +166,9 @@ class _HandingOut(TorchDispatchMode):
         entries = self._store.entries.get(func, [])
         if number >= len(entries):
             raise OffloadError(
-                f"{func} ran {number + 1} times when a section was computed again for backward, and {len(entries)} times "
-                "before: what it computes depends on something that has changed since. Do not checkpoint it, or offload "
-                'with recompute="never".'
+                f"{func} ran {number + 1} times when a section was computed again for backward, and {len(entries)} "
+                "times before: what it computes depends on something that has changed since. Do not checkpoint it, or "
+                'offload with recompute="never".'
             )
         entry = entries[number]
         if entry is None:
@@ -179,7 +177,7 @@ class _HandingOut(TorchDispatchMode):
             out = tree_map(lambda held: _fresh(held.unpack()), entry.held)
         if entry.random is not None:
             entry.random.restore()
-        if not torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+        if not torch._C._autograd._get_current_graph_task_keep_graph():
             # The graph is dropped after this: what is handed out now is the last that refers to the bytes.
             entry.held = _Spent()
         return out
@@ -188,8 +186,8 @@ class _HandingOut(TorchDispatchMode):
 class _Spent:
     def unpack(self) -> Any:
         raise RuntimeError(
-            "Trying to backward through the graph a second time: what a recomputed section had put by was freed the first "
-            "time. Specify retain_graph=True if you need to backward through the graph a second time."
+            "Trying to backward through the graph a second time: what a recomputed section had put by was freed the "
+            "first time. Specify retain_graph=True if you need to backward through the graph a second time."
         )
 
 

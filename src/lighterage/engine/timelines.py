@@ -76,7 +76,7 @@ def read_timeline(logs: list[StepLog], first: StepLog, *, device: str, selective
     peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
     told = {(s.index, s.name): s for s in first.sections}
     # Moments inside a phase are told as if its waits had been spread over it.
-    scale = {(s.direction, s.section): s.ms / s.raw_ms for s in stretches if s.section is not None and s.raw_ms}
+    scale: _Scale = {(s.direction, s.section): s.ms / s.raw_ms for s in stretches if s.section is not None and s.raw_ms}
     return Timeline(
         sections=tuple(_section(log, one, told.get((one.index, one.name)), selective, scale) for one in log.sections),
         phases=tuple(
@@ -108,9 +108,7 @@ def _stretches(log: StepLog) -> list[_Stretch]:
         if direction == "backward" and here.section is not None:
             ms -= here.section.row.late_ms
         peak = there.peak_bytes or 0
-        stretch = _Stretch(
-            direction, section, max(ms, 0.0), max(0, peak - max(here.live_bytes, there.live_bytes)), raw
-        )
+        stretch = _Stretch(direction, section, max(ms, 0.0), max(0, peak - max(here.live_bytes, there.live_bytes)), raw)
         if section is not None:
             known = found.get((direction, section))
             if known is not None:  # something else came between
