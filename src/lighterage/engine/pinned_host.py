@@ -41,10 +41,10 @@ class _RestedInHost:
 
     __slots__ = ("_at", "address", "left", "nbytes", "shared")
 
-    def __init__(self, shared: _Shared, at: int, nbytes: int, address: int) -> None:
+    def __init__(self, shared: _Shared, at: int, nbytes: int) -> None:
         self.shared = shared
         self.nbytes = nbytes
-        self.address = address
+        self.address = None if shared.address is None else shared.address + at
         """Where the bytes are, if the block has an address."""
         self._at = at
         self.left: Fence = FINISHED
@@ -121,16 +121,14 @@ class HostTransport(Accelerator):
             block = self._arena.acquire(total, self.has_room)
             if block is not None:
                 shared = _Shared(block)
-                address = shared.address or 0
-                return [_RestedInHost(shared, at, n, address + at) for at, n in zip(starts, sizes, strict=True)]
+                return [_RestedInHost(shared, at, size) for at, size in zip(starts, sizes, strict=True)]
         placed: list[_RestedInHost | None] = []
         for size in sizes:
             block = self._arena.acquire(size, self.has_room)
             if block is None:
                 placed.append(None)
             else:
-                shared = _Shared(block)
-                placed.append(_RestedInHost(shared, 0, size, shared.address or 0))
+                placed.append(_RestedInHost(_Shared(block), 0, size))
         return placed
 
     def _copy_out(
@@ -139,8 +137,8 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
-        to = [one.address for one, _ in work]
-        if self._batches is not None and all(to):
+        to = [address for one, _ in work if (address := one.address) is not None]
+        if self._batches is not None and len(to) == len(work):
             here = [storage.data_ptr() + lo for _, (storage, lo, _) in work]
             sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, here, sizes, self._streams.key()):
@@ -197,8 +195,8 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, data in work:
                 self._claim(data, lane, current)
-        there = [one.address for one, _ in work]
-        if self._batches is not None and all(there):
+        there = [address for one, _ in work if (address := one.address) is not None]
+        if self._batches is not None and len(there) == len(work):
             to = [data.data_ptr() for _, data in work]
             sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, there, sizes, self._streams.key()):
