@@ -36,7 +36,7 @@ def selective_checkpoint_contexts(
     `CheckpointPolicy.MUST_CPU_OFFLOAD` and `PREFER_CPU_OFFLOAD` name is moved and comes back, where PyTorch computes it
     again. It moves as the innermost lighterage scope around the checkpoint moves things; where there is none (no
     offloader, or one whose sections are the checkpointed layers themselves), it is copied to plain host memory, for
-    which the host waits. Random operators that are not computed again leave the generators as they found them in forward.
+    which the host waits. Random operators that are not computed again leave the generators as they did in forward.
 
     Args:
         policy: a function of (context, operator, *args, **kwargs) that gives a `CheckpointPolicy`; or a list of

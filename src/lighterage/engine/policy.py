@@ -95,7 +95,8 @@ class Policy:
     """Sections whose bytes are on their way back while backward works on one. 0: only on demand."""
 
     device_budget: int | str | None = None
-    """The most device memory of a step, as a number of bytes or `"40GiB"`: the fastest plan under it is made. On an accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved."""
+    """The most device memory of a step, as a number of bytes or `"40GiB"`: the fastest plan under it is made. On an
+    accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved."""
 
     max_slowdown: float | None = None
     """The part of a step that a plan may cost: with 0.02 the smallest peak is sought whose step is at most 1.02 times
@@ -156,7 +157,7 @@ class Policy:
             if self.device_budget is not None:
                 raise ValueError(
                     f"device_budget={self.device_budget!r} asks for the fastest plan under a peak, and "
-                    f"max_slowdown={value!r} for the smallest peak at a price: one of them decides. Leave the other out."
+                    f"max_slowdown={value!r} for the smallest peak at a price. Leave one of the two out."
                 )
         goals = [name for name in ("device_budget", "max_slowdown") if getattr(self, name) is not None]
         goals += ["rules"] if self.rules else []
