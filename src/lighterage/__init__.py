@@ -5,25 +5,41 @@
 Same bits, less memory.
 """
 
+from .engine.checkpoint_contexts import selective_checkpoint_contexts
 from .engine.ledger import OffloadStats
 from .engine.offloader import Offloader
 from .engine.policy import Policy
 from .engine.report import Report
 from .engine.sections import LiveSection
-from .errors import OffloadError
+from .errors import BudgetError, OffloadError
 from .marks import mark_not_offload, mark_offload
 from .offload import offload
+from .planner.choose import plan
+from .planner.goal import Goal
+from .planner.plan import Plan
+from .planner.prediction import Prediction
+from .planner.simulate import simulate
+from .planner.timeline import Link, Timeline
 
 __all__ = [
+    "BudgetError",
+    "Goal",
+    "Link",
     "LiveSection",
     "OffloadError",
     "OffloadStats",
     "Offloader",
+    "Plan",
     "Policy",
+    "Prediction",
     "Report",
+    "Timeline",
     "mark_not_offload",
     "mark_offload",
     "offload",
+    "plan",
+    "selective_checkpoint_contexts",
+    "simulate",
 ]
 
 __version__ = "0.1.0"

@@ -5,3 +5,14 @@ from __future__ import annotations
 
 class OffloadError(RuntimeError):
     """A transfer could not be carried out: full disk, I/O error, damaged file, or a graph used after a fork."""
+
+
+class BudgetError(OffloadError):
+    """No plan keeps the step within the device budget that was asked for.
+
+    `smallest_bytes` is the smallest peak that a plan was found for.
+    """
+
+    def __init__(self, message: str, *, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes

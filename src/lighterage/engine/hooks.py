@@ -26,7 +26,12 @@ from ..unseen import see_through, unseen
 # nn.Module's own __call__: torch.compile(layer) wraps any other skipped function into a frame that it then tries to
 # capture, and with fullgraph=True cannot.
 
-Scope = Callable[[], AbstractContextManager[object]]
+Call = Callable[..., Any]
+Runner = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
+"""Makes a call in its own way: `runner(call, args, kwargs)`."""
+
+Scope = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[object]]
+"""Makes the scope of a call with these arguments. What entering it gives may have a `runner`."""
 
 
 class Attachment:
@@ -57,11 +62,13 @@ class Attachment:
         return self._scope is not None and (module is self._module() or getattr(module, "_is_replica", False))
 
     @unseen
-    def enter(self) -> AbstractContextManager[object]:
+    def enter(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[AbstractContextManager[object], Runner | None]:
         assert self._scope is not None
-        scope = self._scope()
-        scope.__enter__()
-        return scope
+        scope = self._scope(args, kwargs)
+        entered = scope.__enter__()
+        return scope, getattr(entered, "runner", None)
 
     @staticmethod
     @unseen
@@ -79,15 +86,26 @@ class Attachment:
             module.__class__ = type(module).__mro__[1]
 
 
+def class_of(module: nn.Module | None) -> type | None:
+    """The class of `module` as its author knows it."""
+    kind = type(module)
+    while "_lighterage_attachment" in vars(kind):
+        kind = kind.__mro__[1]
+    return None if module is None else kind
+
+
 def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
     # See Note [What torch.compile sees of a scope].
     @see_through
     def _wrapped_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not attachment.covers(self):
             return base.__call__(self, *args, **kwargs)
-        scope = attachment.enter()
+        scope, runner = attachment.enter(args, kwargs)
         try:
-            result = base.__call__(self, *args, **kwargs)
+            if runner is None:
+                result = base.__call__(self, *args, **kwargs)
+            else:
+                result = runner(functools.partial(base.__call__, self), args, kwargs)
         except BaseException as error:
             attachment.leave(scope, error)
             raise

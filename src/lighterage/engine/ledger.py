@@ -49,6 +49,7 @@ class Row:
         "copies_out",
         "gap",
         "kept",
+        "last_kept",
         "late_ms",
         "late_reloads",
         "name",
@@ -69,6 +70,8 @@ class Row:
         self.copies_out = 0
         self.copies_in = 0
         self.kept: dict[str, int] = {}
+        self.last_kept: str | None = None
+        """Why what was kept last was."""
         self.alive: list[tuple[str, int]] = []
         self.late_reloads = 0
         self.late_ms = 0.0
@@ -94,6 +97,7 @@ class Step:
 
     def note_kept(self, row: Row, key: int, lo: int, hi: int, reason: str) -> None:
         """Count a kept range, but for what another save of this step kept of it."""
+        row.last_kept = reason
         known = self.kept.get(key)
         if known is None:
             self.kept[key] = ((lo, hi),)

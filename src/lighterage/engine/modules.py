@@ -51,7 +51,7 @@ class SectionModules:
             (name, module) for position, (name, module) in enumerate(members) if last[id(module)] == position
         ]
         self.root = whole
-        self._names = frozenset(name for name, _ in self.sections)
+        self._by_name = dict(self.sections)
         self.all_modules = [module for _, module in self.sections] if whole is None else [whole]
 
     def _search(self, root: nn.Module) -> tuple[list[tuple[str, nn.Module]], nn.Module | None]:
@@ -66,9 +66,13 @@ class SectionModules:
         self.chosen_from = f"{best[0]!r} of the {type(root).__name__}, its longest {type(best[1]).__name__}"
         return [(f"{best[0]}.{index}", member) for index, member in enumerate(best[1])], root
 
+    def module_of(self, name: str) -> nn.Module | None:
+        """The module of the section of this name; None for one that is named in code, and for what is between two."""
+        return self._by_name.get(name)
+
     def has(self, name: str) -> bool:
         """Whether `name` is that of a module, rather than of a section named in code."""
-        return name in self._names
+        return name in self._by_name
 
 
 def _modules_of(modules: Iterable[nn.Module]) -> list[nn.Module]:

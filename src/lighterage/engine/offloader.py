@@ -9,24 +9,32 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from types import TracebackType
-from typing import Literal, NoReturn, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from types import MappingProxyType, TracebackType
+from typing import Any, Literal, NoReturn, get_args
 
 import torch
 from torch import nn
 
 from ..errors import OffloadError
+from ..planner.plan import Plan
+from ..planner.timeline import Timeline
 from ..unseen import Unseen, unseen
 from .allocation import Allocation
+from .autoplan import Autoplan
 from .handles import unpack
 from .hooks import Attachment
+from .lanes import Wait
 from .ledger import Ledger, OffloadStats
+from .link import measure_link
+from .measure import MeasuringPack
 from .modules import Residents, SectionModules
+from .orders import PlannedOrders
 from .packing import Packer
 from .policy import Policy
+from .recompute import run_again_later
 from .report import Report, build_report
-from .scopes import BetweenSections, Recorder, why_stand_aside
+from .scopes import BetweenSections, Pack, Recorder, entered, why_stand_aside
 from .sections import KEEP_LAST, KEEP_SECTION, BackwardOrder, LiveSection, Section
 from .stores import Stores
 from .traffic import Traffic
@@ -38,6 +46,27 @@ WATCH_MEMORY_STEPS = 3
 
 SectionPlan = Literal["policy", "manual", "keep"]
 """Who decides what moves of one section: the policy, calls of `evict` and `release`, or nobody: all of it stays."""
+
+
+class _Waits:
+    """Waits of one step, added up as they become known."""
+
+    def __init__(self, waits: Iterable[Wait]) -> None:
+        self._unknown = list(waits)
+        self._ms = 0.0
+        self.settle()
+
+    def settle(self) -> float:
+        """Milliseconds in all, as far as is known. Never blocks."""
+        unknown = []
+        for wait in self._unknown:
+            ms = wait.milliseconds()
+            if ms is None:
+                unknown.append(wait)
+            else:
+                self._ms += ms
+        self._unknown = unknown
+        return self._ms
 
 
 class _Threads(threading.local):
@@ -82,6 +111,10 @@ class Offloader:
         self._named: dict[str, None] = {}
         self._kept_names: frozenset[str] | None = None
         self._attachments: list[Attachment] = []
+        self._release_waits: collections.deque[Wait] = collections.deque(maxlen=1024)
+        self._last_release_waits = _Waits(())
+        self._traffic.on_wait = self._waited
+        self._auto: Autoplan | None = None if policy.by_hand else self._make_autoplan()
         try:
             self._attach()
             self._packer.prepare()
@@ -89,16 +122,39 @@ class Offloader:
             self.close()
             raise
 
+    def _make_autoplan(self) -> Autoplan:
+        device = next(iter(self._residents.accelerators), torch.device("cpu"))
+        tier = self._policy.tier
+        link = functools.partial(measure_link, device, tier)
+        return Autoplan(self._policy, self._traffic, self._modules.module_of, device, link)
+
+    def _waited(self, wait: Wait) -> None:
+        self._release_waits.append(wait)
+        if self._auto is not None:
+            self._auto.waited(wait)
+
     # --- scopes ---------------------------------------------------------------------------------------------------
 
     def _attach(self) -> None:
         for position, (name, module) in enumerate(self._modules.sections):
-            self._attachments.append(Attachment(module, functools.partial(self._scope, name, position)))
+            self._attachments.append(Attachment(module, functools.partial(self._module_scope, name, position)))
         if self._modules.root is not None:
             self._attachments.append(Attachment(self._modules.root, self._root_scope))
 
+    def _module_scope(
+        self, name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[LiveSection | None]:
+        return self._scope(name, position, "policy", args, kwargs)
+
     @contextlib.contextmanager
-    def _scope(self, name: str, position: int | None, plan: SectionPlan = "policy") -> Iterator[LiveSection | None]:
+    def _scope(
+        self,
+        name: str,
+        position: int | None,
+        plan: SectionPlan = "policy",
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Iterator[LiveSection | None]:
         reason = self._why_stand_aside()
         if reason is not None:
             self._stand_aside(name, position, reason)
@@ -109,28 +165,44 @@ class Offloader:
         keep_reason = (
             KEEP_SECTION if plan == "keep" else self._keep_reason(name, position) if plan == "policy" else None
         )
-        section = self._open_section(name, keep_reason, by_hand=plan == "manual")
+        section, around = self._open_section(name, keep_reason, by_hand=plan == "manual", args=args, kwargs=kwargs)
+        del args, kwargs
         before = self._device_bytes()
+        live = LiveSection(section)
+        pack = self.pack_of(section)
+        if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
+            live.runner = functools.partial(run_again_later, orders=section.orders, pack=pack)
+        recorder = Recorder(pack, section)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(Recorder(self._packer.pack, section), unpack):
-                yield LiveSection(section)
+            with torch.autograd.graph.saved_tensors_hooks(recorder, unpack), entered(recorder), around:
+                yield live
         except BaseException:
             self._abandon(section)
             raise
         self._note_growth(section, before)
         self.close_section(section)
 
+    def pack_of(self, section: Section) -> Pack:
+        """The pack of a section: one that records, in a step that is measured."""
+        log = None if self._auto is None or section.log is None else self._auto.detailed_log
+        return self._packer.pack if log is None else MeasuringPack(self._packer.pack, log, section.log)  # type: ignore[arg-type]
+
     @contextlib.contextmanager
-    def _root_scope(self) -> Iterator[None]:
+    def _root_scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
+        del args, kwargs
         reason = self._why_stand_aside()
         if reason is not None:
             self._ledger.stood_aside[(self._modules.root_name, reason)] += 1
             yield
             return
-        between = BetweenSections(self._packer.pack, self)
+        if self._auto is not None:
+            with self._lock:
+                self._tidy()
+                self._step_may_begin()
+        between = BetweenSections(self)
         self._threads.between.append(between)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(between, unpack):
+            with torch.autograd.graph.saved_tensors_hooks(between, unpack), entered(between):
                 yield
         finally:
             self._threads.between.remove(between)
@@ -181,6 +253,8 @@ class Offloader:
     # --- sections -------------------------------------------------------------------------------------------------
 
     def _keep_reason(self, name: str, position: int | None) -> str | None:
+        if self._auto is not None:
+            return None
         if self._kept_names is not None:
             return KEEP_LAST if name in self._kept_names else None
         if position is not None and position >= len(self._modules.sections) - self._policy.keep_last:
@@ -191,16 +265,40 @@ class Offloader:
         """A section for what is saved after the section at `position` has ended, up to the next one."""
         sections = self._modules.sections
         where = f"after {sections[position][0]}" if position >= 0 else f"before {sections[0][0]}"
-        reason = KEEP_LAST if position + 1 >= len(sections) - self._policy.keep_last else None
-        if position + 1 == len(sections):
-            reason = "after the last section: backward begins with it"
-        return self._open_section(f"{self._modules.root_name}, {where}", reason, gap=True)
+        reason = None
+        if self._auto is None:
+            reason = KEEP_LAST if position + 1 >= len(sections) - self._policy.keep_last else None
+            if position + 1 == len(sections):
+                reason = "after the last section: backward begins with it"
+        return self._open_section(f"{self._modules.root_name}, {where}", reason, gap=True)[0]
 
-    def _open_section(self, name: str, keep_reason: str | None, gap: bool = False, by_hand: bool = False) -> Section:
+    def _open_section(
+        self,
+        name: str,
+        keep_reason: str | None,
+        gap: bool = False,
+        by_hand: bool = False,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> tuple[Section, contextlib.AbstractContextManager[object]]:
+        """A section, and what its forward has to run in."""
+        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         with self._lock:
             self._tidy()
+            if self._auto is not None:
+                self._step_may_begin()
             self._num_open += 1
-            return Section(self, name, keep_reason, gap, by_hand)
+            section = Section(self, name, keep_reason, gap, by_hand)
+            if self._auto is not None:
+                around = self._auto.opened(section, args, kwargs)
+            return section, around
+
+    def _step_may_begin(self) -> None:
+        """If nothing of a step is there yet, one begins."""
+        if self._auto is None or self._live or self._num_open or self._ledger.step.rows:
+            return
+        if not any(between.begun for between in self._threads.between):
+            self._auto.step_begins()
 
     def _first_save(self, section: Section) -> None:
         with self._lock:
@@ -209,6 +307,8 @@ class Offloader:
             index = section.index = self._order.created(section.name)
             self._ledger.step.rows.append(section.row)
             self._live[index] = weakref.ref(section, self._when_over(self._ledger.num_steps, index))
+            if self._auto is not None:
+                self._auto.first_save(section)
 
     def _when_over(self, step: int, index: int) -> Callable[[object], None]:
         # Finalizers take no lock: they leave a note for `_tidy`. After close() nobody may come by to read it.
@@ -228,6 +328,8 @@ class Offloader:
             section.open = False
             self._num_open -= 1
             self._traffic.forget(section)
+            if self._auto is not None:
+                self._auto.abandoned()
 
     def close_section(self, section: Section) -> None:
         """The section's forward has ended: start what is left to copy, and release what has had its time."""
@@ -237,11 +339,13 @@ class Offloader:
             self._traffic.flush()
             if section.index is not None:
                 section.ended_at = self._num_passed
-                if not section.by_hand:
+                if not section.by_hand and section.orders is None:
                     self._unreleased.append(weakref.ref(section))
                 if not section.gap and not self._modules.has(section.name):
                     self._named.pop(section.name, None)
                     self._named[section.name] = None
+            if self._auto is not None:
+                self._auto.left(section)
             if not section.gap:
                 self._pass_section()
 
@@ -273,16 +377,26 @@ class Offloader:
             section.visited = True
             self._drop_buried()
             self._order.visited(section.index)
+            if self._auto is not None:
+                self._auto.visited(section)
+                if section.orders is not None:
+                    return
             ahead: list[Section] = []
-            wanted = self._policy.prefetch_ahead
+            # What is measured has its bytes back when it wants them, and not before.
+            measures = self._auto is not None and self._auto.measures
+            wanted = 0 if measures else self._policy.prefetch_ahead
             if wanted:
                 live = {index: s for index, ref in self._live.items() if (s := ref()) is not None}
                 for upcoming in self._order.upcoming(section.index, live):
+                    if upcoming.orders is not None:
+                        continue
                     ahead.append(upcoming)
                     wanted -= not upcoming.gap
                     if not wanted:
                         break
             self._traffic.come_back_for(section, ahead)
+            if self._auto is not None and measures:
+                self._auto.reloaded()
 
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes over `allocation`, on the device."""
@@ -364,6 +478,10 @@ class Offloader:
     def _finish_step(self) -> None:
         if not self._settled:
             self._settled = self._stores.settle()
+        if self._auto is not None:
+            self._auto.step_ended()
+        self._last_release_waits = _Waits(self._release_waits)
+        self._release_waits.clear()
         self._ledger.finish_step()
         self._order.finish_step()
         self._unreleased.clear()
@@ -392,6 +510,34 @@ class Offloader:
         """What was asked for."""
         return self._policy
 
+    @property
+    def timeline(self) -> Timeline | None:
+        """What was measured of a step; None before that, and where the plan is made by hand."""
+        with self._lock:
+            return None if self._auto is None else self._auto.timeline
+
+    @property
+    def plan(self) -> Plan | None:
+        """What becomes of each allocation, and when; None before enough was measured, and where it is made by hand."""
+        with self._lock:
+            return None if self._auto is None else self._auto.plan
+
+    def use_plan(self, plan: Plan, timeline: Timeline) -> None:
+        """Carry out `plan`, made for `timeline`, from the next step on, and measure nothing more.
+
+        A plan decides speed and memory alone: one that does not fit the model costs both, and no bit.
+
+        Raises:
+            OffloadError: this offloader's plan is made by hand.
+        """
+        with self._lock:
+            if self._auto is None:
+                raise OffloadError(
+                    "this offloader's plan is made by hand: its policy names keep_last, release_after or "
+                    "prefetch_ahead. Leave them out to use a plan."
+                )
+            self._auto.use(plan, timeline)
+
     def stats(self, total: bool = False) -> OffloadStats:
         """Figures of the last finished step, or since the start; the sizes at rest are as they are now.
 
@@ -416,6 +562,8 @@ class Offloader:
                 sections_from=self._modules.chosen_from,
                 order=self._order,
                 policy=self._policy,
+                auto=self._auto,
+                release_wait_ms=self._last_release_waits.settle(),
             )
 
     def close(self) -> None:

@@ -98,6 +98,8 @@ class Packer:
                     allocation.keep(reason, storage)
                 else:
                     reason = allocation.kept
+            elif reason is None and section.orders is not None:
+                reason = section.orders.why_kept(row.saves, nbytes)
             if reason is not None or transport is None:
                 return self._keep(tensor, section, key, nbytes, reason or "on another device")
             alias = emptied_alias(tensor)
@@ -107,6 +109,8 @@ class Packer:
             if allocation is None or not allocation.takes(lo, hi):
                 allocation = Allocation(transport, storage, key, storage_bytes, address, alias, version, row, spec)
                 self._allocations[key] = section.allocations[id(allocation)] = weakref.ref(allocation)
+                if section.orders is not None:
+                    section.orders.took(row.saves, allocation)
                 fresh = hi - lo
             else:
                 section.enter(allocation)
@@ -126,6 +130,7 @@ class Packer:
         else:
             lo, hi = byte_range(tensor, nbytes)
         step = self._ledger.step
+        section.row.last_kept = reason
         if key in step.kept:
             step.note_kept(section.row, key, lo, hi, reason)
         else:  # the same, for what is most often so

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
+from collections.abc import Sequence
 from typing import Literal
 
 _UNITS = {"": 1, "B": 1}
@@ -42,9 +44,22 @@ class _Default(int):
     """A number that nobody named: it tells a plan made by hand from one left to the library."""
 
 
+_BY_HAND = ("keep_last", "release_after", "prefetch_ahead")
+
+
+Rule = tuple[str, Literal["offload", "keep", "recompute"]] | tuple[str, Literal["offload", "keep"], str]
+"""A pattern of names, what becomes of what matches it, and perhaps a pattern of shape and dtype."""
+
+DEFAULT_SLOWDOWN = 0.01
+"""What a plan may cost where nothing is said of it."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Policy:
     """How an offloader chooses what to move, where to, and when. Every field may be given to `offload` by its name.
+
+    Either the plan is made from what is measured (`device_budget`, or `max_slowdown`, which is 0.01 where nothing else
+    is said), or by hand (`keep_last`, `release_after`, `prefetch_ahead`).
 
     Raises:
         ValueError, TypeError: a field is out of its range or of the wrong type; the message says what to give.
@@ -79,6 +94,23 @@ class Policy:
     prefetch_ahead: int = _Default(2)
     """Sections whose bytes are on their way back while backward works on one. 0: only on demand."""
 
+    device_budget: int | str | None = None
+    """The most device memory of a step, as a number of bytes or `"40GiB"`: the fastest plan under it is made. On an
+    accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved."""
+
+    max_slowdown: float | None = None
+    """The part of a step that a plan may cost: with 0.02 the smallest peak is sought whose step is at most 1.02 times
+    as long."""
+
+    recompute: Literal["auto", "never"] = "auto"
+    """Whether a plan may compute sections again in backward, whole or all but their products, where that is better than
+    to move. Never those whose forward changes a buffer or another attribute."""
+
+    rules: Sequence[Rule] = ()
+    """What binds the plan, the first that matches: pairs such as `("*.mlp", "offload")` or `("*.norm*", "keep")`, whose
+    pattern is that of file names and matches sections and the modules inside them. A third part matches shape and
+    dtype: `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again."""
+
     def __post_init__(self) -> None:
         for name in ("keep_last", "min_bytes", "release_after", "prefetch_ahead"):
             value = getattr(self, name)
@@ -109,6 +141,48 @@ class Policy:
                 raise ValueError(
                     f"disk_dir must be a folder that exists; {os.fspath(self.disk_dir)!r} is none. Make it first."
                 )
+        self._check_goal()
+
+    def _check_goal(self) -> None:
+        if self.recompute not in ("auto", "never"):
+            raise ValueError(f'recompute is "auto" or "never"; got {self.recompute!r}.')
+        if self.device_budget is not None:
+            parse_bytes(self.device_budget, name="device_budget")
+        if self.max_slowdown is not None:
+            value = self.max_slowdown
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"max_slowdown is a part of the step, such as 0.02; got {value!r}.")
+            if not 0 <= value < math.inf:
+                raise ValueError(f"max_slowdown is a part of the step, such as 0.02, and not negative; got {value!r}.")
+            if self.device_budget is not None:
+                raise ValueError(
+                    f"device_budget={self.device_budget!r} asks for the fastest plan under a peak, and "
+                    f"max_slowdown={value!r} for the smallest peak at a price. Leave one of the two out."
+                )
+        goals = [name for name in ("device_budget", "max_slowdown") if getattr(self, name) is not None]
+        goals += ["rules"] if self.rules else []
+        if goals and self.by_hand:
+            hand = next(name for name in _BY_HAND if not isinstance(getattr(self, name), _Default))
+            raise ValueError(
+                f"{goals[0]}={getattr(self, goals[0])!r} asks for a plan that is made from what is measured, and "
+                f"{hand}={int(getattr(self, hand))} makes one by hand. Leave one of the two out."
+            )
+        given: object = self.rules  # as it came, whatever its type says
+        if isinstance(given, str) or not isinstance(given, Sequence):
+            raise TypeError(f'rules are pairs such as [("*.mlp", "offload"), ("*.norm*", "keep")]; got {given!r}.')
+        for rule in given:
+            if not isinstance(rule, tuple | list) or not all(isinstance(part, str) for part in rule):
+                raise TypeError(f'a rule is a pattern and what becomes of it: ("*.mlp", "offload"); got {rule!r}.')
+            if len(rule) not in (2, 3) or rule[1] not in ("offload", "keep", "recompute"):
+                raise ValueError(
+                    'a rule says "offload", "keep" or "recompute" of a pattern, and may add one of shape and dtype: '
+                    f'("*.mlp", "offload") or ("*", "keep", "(8192, *) bfloat16"); got {rule!r}.'
+                )
+
+    @property
+    def device_budget_bytes(self) -> int | None:
+        """`device_budget` as bytes, or None."""
+        return None if self.device_budget is None else parse_bytes(self.device_budget, name="device_budget")
 
     @property
     def budget_bytes(self) -> int | None:
@@ -118,4 +192,4 @@ class Policy:
     @property
     def by_hand(self) -> bool:
         """Whether `keep_last`, `release_after` or `prefetch_ahead` was named: then the plan is the user's."""
-        return not all(isinstance(v, _Default) for v in (self.keep_last, self.release_after, self.prefetch_ahead))
+        return not all(isinstance(getattr(self, name), _Default) for name in _BY_HAND)

@@ -6,6 +6,8 @@ import dataclasses
 import json
 from typing import Any
 
+from ..planner.plan import SectionPlan
+from .autoplan import Autoplan
 from .ledger import Ledger, OffloadStats, Row
 from .policy import Policy
 from .sections import BackwardOrder
@@ -30,6 +32,10 @@ class SectionReport:
     late_reloads: int
     late_ms: float
     unseen_bytes: int | None
+    mode: str | None = None
+    """How the plan has its backward fed: `"save"`, `"selective"` or `"recompute"`; None where no plan was made."""
+    why: str = ""
+    """What the plan chose for it, and for what reason."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +51,28 @@ class Report:
     refusals: dict[str, int]
     prefetch_hits: int
     prefetch_misses: int
+    release_wait_ms: float = 0.0
+    """Time for which copies out were waited for, so that device memory could go."""
+    plan: str | None = None
+    """What the plan is for, or what is still missing to make one; None where it is made by hand."""
+    predicted_ms: float | None = None
+    """Of forward and backward under the plan, as it was foreseen."""
+    measured_ms: float | None = None
+    """The same as it was last measured."""
+    predicted_peak_bytes: int | None = None
+    measured_peak_bytes: int | None = None
+    foreseen_phases_ms: list[tuple[str, int | None, float]] = dataclasses.field(default_factory=list)
+    """Direction, section and time of each phase, as they were foreseen."""
+    measured_phases_ms: list[tuple[str, int | None, float]] = dataclasses.field(default_factory=list)
+    """The same as they were last measured."""
+    planning_ms: float | None = None
+    """Host time that making the plan took, once."""
+    link: str | None = None
+    """What the copies go over, as it was measured."""
+    drifts: int = 0
+    """How often steps were measured anew because they did not fit the plan."""
+    agreed_with: int = 1
+    """Ranks that the plan was made for together."""
 
     def to_json(self, indent: int | None = None) -> str:
         """The same as JSON text."""
@@ -55,27 +83,56 @@ class Report:
 
 
 def build_report(
-    *, ledger: Ledger, stats: OffloadStats, sections_from: str, order: BackwardOrder, policy: Policy
+    *,
+    ledger: Ledger,
+    stats: OffloadStats,
+    sections_from: str,
+    order: BackwardOrder,
+    policy: Policy,
+    auto: Autoplan | None,
+    release_wait_ms: float,
 ) -> Report:
     """The report on the last finished step of `ledger`."""
     by_name: dict[str, list[Row]] = {}
     for row in ledger.last.rows:
         by_name.setdefault(row.name, []).append(row)
+    planned = {} if auto is None or auto.plan is None else {s.name: s for s in auto.plan.sections}
     fields = {f.name: getattr(policy, f.name) for f in dataclasses.fields(policy)}
     return Report(
         steps=ledger.num_steps,
         sections_from=sections_from,
         policy={k: int(v) if isinstance(v, int) and not isinstance(v, bool) else v for k, v in fields.items()},
         stats=stats,
-        sections=[_add_up(name, rows) for name, rows in by_name.items()],
+        sections=[_add_up(name, rows, planned.get(name)) for name, rows in by_name.items()],
         stood_aside=[(name, reason, count) for (name, reason), count in ledger.stood_aside.items()],
         refusals=dict(ledger.refusals),
         prefetch_hits=order.hits,
         prefetch_misses=order.misses,
+        release_wait_ms=release_wait_ms,
+        **({} if auto is None else _of_plan(auto)),
     )
 
 
-def _add_up(name: str, rows: list[Row]) -> SectionReport:
+def _of_plan(auto: Autoplan) -> dict[str, Any]:
+    prediction = auto.prediction
+    return {
+        "plan": auto.told,
+        "predicted_ms": None if prediction is None else prediction.step_ms,
+        "predicted_peak_bytes": None if prediction is None else prediction.peak_bytes,
+        "measured_ms": auto.measured_ms,
+        "measured_peak_bytes": auto.measured_peak_bytes,
+        "foreseen_phases_ms": []
+        if prediction is None
+        else [(p.direction, p.section, p.end_ms - p.start_ms) for p in prediction.phases],
+        "measured_phases_ms": list(auto.measured_phases_ms),
+        "planning_ms": auto.planning_ms,
+        "link": auto.link_text,
+        "drifts": auto.num_drifts,
+        "agreed_with": auto.agreed_with,
+    }
+
+
+def _add_up(name: str, rows: list[Row], planned: SectionPlan | None) -> SectionReport:
     kept: dict[str, int] = {}
     for row in rows:
         for reason, nbytes in row.kept.items():
@@ -96,6 +153,8 @@ def _add_up(name: str, rows: list[Row]) -> SectionReport:
         late_reloads=sum(r.late_reloads for r in rows),
         late_ms=sum(r.late_ms for r in rows),
         unseen_bytes=sum(unseen) if unseen else None,
+        mode=None if planned is None else planned.mode,
+        why="" if planned is None else planned.why,
     )
 
 
@@ -110,6 +169,8 @@ def _lines(report: Report) -> list[str]:
     else:
         rows = [_HEADINGS, *(_cells(section) for section in report.sections), _total_cells(report)]
         lines += _table(rows)
+    if report.plan is not None:
+        lines += ["", *_plan_lines(report)]
     kept: dict[str, list[int]] = {}
     for section in report.sections:
         for reason, nbytes in section.kept.items():
@@ -141,12 +202,35 @@ def _lines(report: Report) -> list[str]:
         f"{format_bytes(stats.disk_bytes_in_use)}; at most {format_bytes(stats.host_bytes_peak)}; host memory held "
         f"{format_bytes(stats.host_bytes_reserved)}",
     ]
+    if report.plan is not None:
+        lines.append(
+            f"exposed: {stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all, and "
+            f"{report.release_wait_ms:.2f} ms of waiting for copies out"
+        )
+        return lines
     lines.append(
         f"next section foreseen {report.prefetch_hits} times, missed {report.prefetch_misses} times; "
         f"{stats.late_reloads} reloads late by {stats.late_ms:.2f} ms in all"
     )
     if report.sections and stats.bytes_out == 0:
         lines.append("nothing was moved: the reasons stand above. With few sections, try keep_last=0.")
+    return lines
+
+
+def _plan_lines(report: Report) -> list[str]:
+    lines = [f"plan: {report.plan}"]
+    lines += [f"  {section.name}: {section.why}" for section in report.sections if section.why]
+    if report.predicted_ms is not None and report.predicted_peak_bytes is not None:
+        text = f"foreseen {report.predicted_ms:.1f} ms a step and a peak of {format_bytes(report.predicted_peak_bytes)}"
+        if report.measured_ms is not None and report.measured_peak_bytes is not None:
+            text += f"; measured {report.measured_ms:.1f} ms and {format_bytes(report.measured_peak_bytes)}"
+        lines.append(text)
+    if report.link is not None:
+        lines.append(f"link: {report.link}")
+    if report.drifts:
+        lines.append(f"measured anew {report.drifts} times, since steps did not fit the plan")
+    if report.agreed_with > 1:
+        lines.append(f"made for {report.agreed_with} ranks together")
     return lines
 
 

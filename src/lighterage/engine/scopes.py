@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from typing import Protocol, cast
 
 import torch
 
 from ..unseen import unseen
-from .handles import Handle
 from .sections import Section
 
-Pack = Callable[[torch.Tensor, Section], Handle]
+
+class Unpackable(Protocol):
+    """A handle, as far as autograd is concerned."""
+
+    def unpack(self) -> torch.Tensor: ...
+
+
+Pack = Callable[[torch.Tensor, Section], Unpackable]
 
 
 class Recorder:
@@ -24,8 +32,45 @@ class Recorder:
         self._section = section
 
     @unseen
-    def __call__(self, tensor: torch.Tensor) -> Handle:
+    def __call__(self, tensor: torch.Tensor) -> Unpackable:
         return self._pack(tensor, self._section)
+
+    def hold(self, tensor: torch.Tensor) -> Unpackable:
+        """Move a tensor that autograd has not saved."""
+        return _held(self._pack, tensor, self._section)
+
+
+def _held(pack: Pack, tensor: torch.Tensor, section: Section) -> Unpackable:
+    """Pack what is to move whatever the plan or the policy says of the section."""
+    orders, reason = section.orders, section.keep_reason
+    section.orders = section.keep_reason = None
+    try:
+        return pack(tensor, section)
+    finally:
+        section.orders, section.keep_reason = orders, reason
+
+
+class _Entered(threading.local):
+    def __init__(self) -> None:
+        self.stack: list[Recorder | BetweenSections] = []
+
+
+_entered = _Entered()
+
+
+@contextlib.contextmanager
+def entered(scope: Recorder | BetweenSections) -> Iterator[None]:
+    """Count `scope` among those that the calling thread is inside of."""
+    _entered.stack.append(scope)
+    try:
+        yield
+    finally:
+        _entered.stack.remove(scope)
+
+
+def innermost() -> Recorder | BetweenSections | None:
+    """The scope that the calling thread entered last and has not left; None where there is none."""
+    return _entered.stack[-1] if _entered.stack else None
 
 
 class _Gaps(Protocol):
@@ -33,23 +78,40 @@ class _Gaps(Protocol):
 
     def close_section(self, section: Section) -> None: ...
 
+    def pack_of(self, section: Section) -> Pack: ...
+
 
 class BetweenSections:
     """The pack hook of a module's forward around its sections: each stretch between two of them is a section too."""
 
     __slots__ = ("_gaps", "_pack", "_position", "_section")
 
-    def __init__(self, pack: Pack, gaps: _Gaps) -> None:
-        self._pack = pack
+    def __init__(self, gaps: _Gaps) -> None:
+        self._pack: Pack | None = None
         self._gaps = gaps
         self._position = -1
         self._section: Section | None = None
 
     @unseen
-    def __call__(self, tensor: torch.Tensor) -> Handle:
+    def __call__(self, tensor: torch.Tensor) -> Unpackable:
         if self._section is None:
             self._section = self._gaps.open_gap(self._position)
+            self._pack = self._gaps.pack_of(self._section)
+        assert self._pack is not None
         return self._pack(tensor, self._section)
+
+    def hold(self, tensor: torch.Tensor) -> Unpackable:
+        """Move a tensor that autograd has not saved."""
+        if self._section is None:
+            self._section = self._gaps.open_gap(self._position)
+            self._pack = self._gaps.pack_of(self._section)
+        assert self._pack is not None
+        return _held(self._pack, tensor, self._section)
+
+    @property
+    def begun(self) -> bool:
+        """Whether anything of it has happened: a section has begun, or something was saved."""
+        return self._position >= 0 or self._section is not None
 
     def end_stretch(self, position: int | None = None) -> None:
         """A section begins here, the one at `position`; None: one that is not in the list, or the forward ends."""

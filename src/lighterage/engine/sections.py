@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 from .allocation import Allocation
 from .ledger import Row
 
 if TYPE_CHECKING:
+    from .measure import SectionLog
     from .offloader import Offloader
+    from .orders import Orders
 
 
 KEEP_LAST = "keep_last"
@@ -34,8 +36,10 @@ class Section:
         "gap",
         "index",
         "keep_reason",
+        "log",
         "name",
         "open",
+        "orders",
         "owner",
         "row",
         "undecided",
@@ -53,6 +57,10 @@ class Section:
         """Whether it is evicted and released on request alone."""
         self.keep_reason = keep_reason
         """Why all that it saves stays on the device, or None."""
+        self.orders: Orders | None = None
+        """What a plan says of it; None: that the policy decides."""
+        self.log: SectionLog | None = None
+        """Where it is recorded, in a step that is measured."""
         self.open = True
         self.visited = False
         self.index: int | None = None
@@ -92,10 +100,12 @@ class Section:
 class LiveSection:
     """A section as `offloader.sections` lists it. Holding one holds nothing of what the section saved."""
 
-    __slots__ = ("_section", "name")
+    __slots__ = ("_section", "name", "runner")
 
     def __init__(self, section: Section) -> None:
         self._section = weakref.ref(section)
+        self.runner: Callable[..., Any] | None = None
+        """How the section's call is to be made, where it is to be computed again in backward; for the engine."""
         self.name = section.name
         """What the report calls it."""
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import collections
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..errors import OffloadError
 from ..marks import Mark, any_marks, mark_of
 from .allocation import Allocation, SavedAt, Stage, Unused
-from .lanes import Source, Transport
+from .lanes import Source, Transport, Wait
 from .ledger import Ledger
 from .sections import Section
 from .views import ViewSpec
@@ -53,6 +53,8 @@ class Traffic:
         self._unused = Unused()
         self._window = 0
         self._refill_at = 0.0
+        self.on_wait: Callable[[Wait], None] | None = None
+        """Told of each wait of the compute stream for a copy out."""
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -166,6 +168,14 @@ class Traffic:
         Raises:
             OffloadError: copies failed; their allocations stay on the device.
         """
+        self.release_some(section, list(section.live_allocations()))
+
+    def release_some(self, section: Section, allocations: Sequence[Allocation]) -> None:
+        """Let go of the device memory of some of what `section` saved, ordered after its copies.
+
+        Raises:
+            OffloadError: copies failed; their allocations stay on the device.
+        """
         self.decide(section)
         for ref in section.undecided:
             undecided = ref()
@@ -175,10 +185,9 @@ class Traffic:
         marked = any_marks()
         ordered: dict[int, int] = {}
         failure: OffloadError | None = None
-        for ref in list(section.allocations.values()):
-            allocation = ref()
-            leaving = None if allocation is None else allocation.leaving
-            if allocation is None or leaving is None:
+        for allocation in allocations:
+            leaving = allocation.leaving
+            if leaving is None:
                 continue
             if marked and mark_of(allocation.key) is Mark.NOT_OFFLOAD:
                 self._stays(allocation, "mark_not_offload")
@@ -186,7 +195,9 @@ class Traffic:
             stream = ordered.get(id(leaving))
             if stream is None:
                 try:
-                    leaving.order()
+                    wait = leaving.order()
+                    if wait is not None and self.on_wait is not None:
+                        self.on_wait(wait)
                 except OffloadError as error:
                     self._stays(allocation, "the transfer failed")
                     failure = failure or OffloadError(
@@ -243,6 +254,12 @@ class Traffic:
                 next_ones.append(allocation)
             queue.popleft()
         self._bring_back(next_ones)
+
+    def fetch(self, allocations: Sequence[Allocation]) -> None:
+        """Start bringing back those of `allocations` that are away, in this order."""
+        wanted = {id(a): a for a in allocations if a.stage is Stage.AWAY}
+        if wanted:
+            self._bring_back(list(wanted.values()))
 
     def reload(self, section: Section) -> None:
         """Start bringing back what `section` saved, what it saved last first."""

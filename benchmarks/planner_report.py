@@ -1,0 +1,91 @@
+"""The figures of plans as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from benchmarks.decoder_cases import GIB, Row
+from benchmarks.environment import Environment
+
+TARGETS = {
+    "max_slowdown=0.01, recompute=never": "peak ≤ 12.1 GiB, step ≤ 1.01 ×",
+    "max_slowdown=0.03, recompute=never": "peak ≤ 11.4 GiB, step ≤ 1.03 ×",
+    "max_slowdown=0.03": "peak ≤ 10.0 GiB, step ≤ 1.03 ×",
+    "device_budget=8.2GiB": "step ≤ 1.10 ×",
+}
+
+
+def to_markdown(results: Row, environment: Environment) -> str:
+    """All cases that were measured."""
+    parts = ["# Plans from measurement", environment.to_markdown()]
+    titles = {
+        "goals": "## Goals",
+        "refused": "## A budget under the floor",
+        "curve": "## Ten budgets",
+        "checkpoint": "## Layers checkpointed",
+        "peers": "## Peers",
+    }
+    for case, title in titles.items():
+        if case in results:
+            parts += [title, _table(results[case])]
+            parts += [f"- {row['mode']}: {row['why']}" for row in results[case] if row.get("why")]
+    if "host" in results:
+        row = results["host"]
+        parts += [
+            "## Host",
+            f"Carrying out the first goal's plan ({row['moved_allocations']} allocations move) takes the host "
+            f"{row['added_ms']:.2f} ms a step more than the step without, which is {row['step_ms']:.1f} ms "
+            f"({100 * row['added_ms'] / row['step_ms']:.1f} %); making the plan took {row['planning_ms']:.0f} ms once, "
+            "beside the steps.",
+        ]
+    if "bits" in results:
+        told = [
+            f"- {row['mode']}: {'equal' if row['equal'] else 'DIFFERENT'}"
+            + (f", {_gib(row['bytes_out'])} GiB out, modes {', '.join(row['modes'])}" if "bytes_out" in row else "")
+            for row in results["bits"]
+        ]
+        parts += ["## Loss and gradients, bit by bit", "\n".join(told)]
+    if "stack" in results:
+        parts += ["## Stack of experts", _stack_table(results["stack"])]
+    return "\n\n".join(parts)
+
+
+def _gib(nbytes: float | None) -> str:
+    return "" if not nbytes else f"{nbytes / GIB:.2f}"
+
+
+def _table(rows: Sequence[Row]) -> str:
+    lines = [
+        "| mode | step ms | × none (least to most) | foreseen ms | off by | peak GiB | foreseen | off by | to reach |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        if "device" not in row:
+            lines.append(f"| {row['mode']} | {row.get('refused') or row.get('failed')} | | | | | | | |")
+            continue
+        step, ms, peak = row["device"]["median"], row.get("predicted_ms"), row.get("predicted_peak_bytes")
+        low, high = row["ratio_spread"]
+        lines.append(
+            f"| {row['mode']} | {step:.1f} | {row['ratio']:.3f} ({low:.3f} to {high:.3f}) | "
+            f"{'' if ms is None else f'{ms:.1f}'} | {_off(step, ms)} | {_gib(row['peak_bytes'])} | {_gib(peak)} | "
+            f"{_off(row['peak_bytes'], peak)} | {TARGETS.get(row['mode'], '')} |"
+        )
+    return "\n".join(lines)
+
+
+def _off(measured: float, predicted: float | None) -> str:
+    return "" if not predicted or not measured else f"{100 * (predicted / measured - 1):+.1f} %"
+
+
+def _stack_table(rows: Sequence[Row]) -> str:
+    lines = ["| stack | mode | step ms | foreseen | peak GiB | foreseen |", "| --- | --- | --- | --- | --- | --- |"]
+    for row in rows:
+        if "wall" not in row:
+            lines.append(f"| {row['stack']} | {row['mode']} | {row['failed']} | | | |")
+            continue
+        ms = row.get("predicted_ms")
+        lines.append(
+            f"| {row['stack']} | {row['mode']} | {row['wall']['median']:.1f} | {'' if ms is None else f'{ms:.1f}'} | "
+            f"{_gib(row['peak_bytes'])} | {_gib(row.get('predicted_peak_bytes'))} |"
+        )
+    return "\n".join(lines)

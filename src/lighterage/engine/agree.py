@@ -1,0 +1,81 @@
+"""Lets the ranks of one job make the same plan: each tells what it measured, and all plan for the most of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+
+import torch
+
+from ..planner.timeline import Timeline
+
+# A rank that does not answer so long plans without the others.
+PATIENCE = datetime.timedelta(seconds=10)
+
+_num_rounds = 0
+
+
+def agreed(timeline: Timeline) -> tuple[Timeline, int]:
+    """`timeline` with the most of what the ranks with the same sections measured, and how many ranks those are.
+
+    The ranks' words go through the key-value store that the job was started with, which waits for a while and no
+    longer: a rank without an offloader holds nobody up for good. No collective, and nothing for the device to do.
+    """
+    global _num_rounds
+    dist = torch.distributed
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return timeline, 1
+    _num_rounds += 1
+    store = dist.distributed_c10d._get_default_store()
+    prefix, world, rank = f"lighterage/{_num_rounds}", dist.get_world_size(), dist.get_rank()
+    store.set(f"{prefix}/{rank}", f"{_form(timeline)}\n{timeline.to_json()}")
+    keys = [f"{prefix}/{other}" for other in range(world)]
+    try:
+        store.wait(keys, PATIENCE)
+    except (RuntimeError, ValueError):
+        return timeline, 1
+    said = [store.get(key).decode().split("\n", 1) for key in keys]
+    alike = [Timeline.from_json(text) for form, text in said if form == _form(timeline)]
+    return _most(alike), len(alike)
+
+
+def _form(timeline: Timeline) -> str:
+    """What has to be equal for timelines to be compared one by one."""
+    form = repr(
+        (
+            [(s.name, [a.save for a in s.allocations]) for s in timeline.sections],
+            [(p.direction, p.section) for p in timeline.phases],
+        )
+    )
+    return hashlib.sha256(form.encode()).hexdigest()
+
+
+def _most(timelines: list[Timeline]) -> Timeline:
+    first = timelines[0]
+    sections = []
+    for versions in zip(*(t.sections for t in timelines), strict=True):
+        allocations = []
+        for each in zip(*(v.allocations for v in versions), strict=True):
+            # Whoever measured most bytes of it speaks for it; whoever has to keep it, for all.
+            largest = max(each, key=lambda a: a.held_bytes)
+            kept = next((a.kept for a in each if a.kept is not None), None)
+            allocations.append(dataclasses.replace(largest, kept=kept))
+        times = [v.selective_ms for v in versions]
+        known = [ms for ms in times if ms is not None]
+        sections.append(
+            dataclasses.replace(
+                versions[0],
+                allocations=tuple(allocations),
+                not_recomputed=next((v.not_recomputed for v in versions if v.not_recomputed is not None), None),
+                selective_ms=max(known) if len(known) == len(times) else None,
+            )
+        )
+    phases = tuple(
+        dataclasses.replace(each[0], ms=max(p.ms for p in each), work_bytes=max(p.work_bytes for p in each))
+        for each in zip(*(t.phases for t in timelines), strict=True)
+    )
+    peaks = [t.measured_peak_bytes for t in timelines if t.measured_peak_bytes is not None]
+    return dataclasses.replace(
+        first, sections=tuple(sections), phases=phases, measured_peak_bytes=max(peaks, default=None)
+    )

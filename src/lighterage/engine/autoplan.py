@@ -1,0 +1,564 @@
+"""Decides, step by step, what is measured and which plan is carried out; makes the plan in between."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import enum
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from ..planner.choose import plan as make_plan
+from ..planner.goal import Goal
+from ..planner.plan import Plan, SectionPlan
+from ..planner.prediction import Prediction
+from ..planner.simulate import simulate
+from ..planner.timeline import Link, Timeline
+from .agree import agreed
+from .clock import Gauge, clock_of
+from .hooks import class_of
+from .lanes import Wait
+from .measure import MEASURED, SectionLog, StepLog
+from .orders import Course, Orders, PlannedOrders, Run
+from .policy import DEFAULT_SLOWDOWN, Policy
+from .recompute import ModuleWatch, ProductTeller, StateWatch, why_never
+from .sections import Section
+from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
+from .traffic import Traffic
+
+# So many steps are timed; of each phase the shortest counts, which leaves the noise of first times out.
+TIMED_STEPS = 2
+# A planned step is timed again so early, and then every so many steps.
+FIRST_CHECK, CHECK_EVERY = 2, 50
+# A step that takes so much longer than foreseen, twice in a row, is measured anew.
+SLOWER = 1.25
+# After each new plan so many steps pass, doubled each time, before drift may ask for the next.
+PATIENCE = 4
+TRIALS_OF_A_KIND = 3
+_LEAST_AGAIN = 0.02
+"""Of a section's forward: the least that selective recomputation is taken to cost."""
+
+
+class Stage(enum.Enum):
+    """What the steps are for."""
+
+    SIZING = "sizing"
+    """Sizes are told, and what could be computed again; times are those of first times."""
+    TIMING = "timing"
+    TRIAL = "trial"
+    """One section of each kind is computed again selectively, to see what that takes."""
+    PLANNING = "planning"
+    """The plan is being made beside the steps."""
+    PLANNED = "planned"
+
+
+class _Planning:
+    """One plan in the making."""
+
+    def __init__(self, timeline: Timeline, link: Link, goal: Goal, *, agree: bool) -> None:
+        self.timeline = timeline
+        self._link = link
+        self._goal = goal
+        self._agree = agree
+        self.done = threading.Event()
+        self.plan: Plan | None = None
+        self.prediction: Prediction | None = None
+        self.error: Exception | None = None
+        self.ms = 0.0
+        self.num_ranks = 1
+
+    def run(self) -> None:
+        try:
+            if self._agree:
+                self.timeline, self.num_ranks = agreed(self.timeline)
+            start = time.perf_counter()
+            self.plan = make_plan(self.timeline, self._link, self._goal)
+            self.prediction = simulate(self.timeline, self.plan, self._link)
+            self.ms = (time.perf_counter() - start) * 1e3
+        except Exception as error:  # it belongs to whoever begins the next step
+            self.error = error
+        self.done.set()
+
+
+class Autoplan:
+    """Measures the first steps, makes a plan, carries it out, and makes it anew when the steps change.
+
+    All methods are called with the offloader's lock held. It decides speed and memory: what is saved can be asked for
+    at any time whatever it says.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        traffic: Traffic,
+        module_of: Callable[[str], nn.Module | None],
+        device: torch.device,
+        measure_link: Callable[[], Link],
+    ) -> None:
+        self._policy = policy
+        self._traffic = traffic
+        self._module_of = module_of
+        self._measure_link = measure_link
+        self._device = device
+        self._clock = clock_of(device)
+        self._gauge = Gauge(device)
+        self._stage = Stage.SIZING
+        self._first: StepLog | None = None
+        self._timed: list[StepLog] = []
+        self._trial: StepLog | None = None
+        self._trial_kinds: dict[int, object] = {}
+        self._trial_course: Course | None = None
+        self._log: StepLog | None = None
+        self._run: Run | None = None
+        self._course: Course | None = None
+        self._given = False
+        self._link: Link | None = None
+        self._job: _Planning | None = None
+        self._most_bytes = 0
+        self._restarts = 0
+        self._limit: int | None = None
+        self._steps = 0
+        self._slow = 0
+        self._patience = PATIENCE
+        self._num_plans = 0
+        self._check: StepLog | None = None
+        self._known: dict[int, Recipe] = {}
+        self._seen_running: dict[_StateKey, str | None] = {}
+        """What the forward of each section was seen to change, or None where it changed nothing."""
+        self.timeline: Timeline | None = None
+        self.prediction: Prediction | None = None
+        self.measured_ms: float | None = None
+        """A step under the plan, as it was last timed."""
+        self.measured_peak_bytes: int | None = None
+        self.measured_phases_ms: list[tuple[str, int | None, float]] = []
+        """Direction, section and milliseconds of its phases, waits among them."""
+        self.num_drifts = 0
+        """How often steps did not fit the plan so that they were measured again."""
+        self.planning_ms: float | None = None
+        self.agreed_with = 1
+        """Ranks that the plan was made for together."""
+
+    @property
+    def plan(self) -> Plan | None:
+        return None if self._course is None else self._course.plan
+
+    @property
+    def told(self) -> str:
+        """The plan in a sentence, or what is still missing to make one."""
+        if self._course is None:
+            return f"none yet; the steps are measured ({self._stage.value})"
+        return self._course.plan.why or "as it was given"
+
+    @property
+    def link_text(self) -> str | None:
+        """The link, for people."""
+        link = self._link
+        if link is None:
+            return None
+        rates = (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s)
+        out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
+        return f"{link.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
+
+    def use(self, plan: Plan, timeline: Timeline) -> None:
+        """Carry `plan` out from the next step on, and measure nothing more."""
+        self._given = True
+        self._course = Course(plan, timeline, self._recipes())
+        self.timeline = timeline
+        self.prediction = None
+        self._stage = Stage.PLANNED
+        self._steps = 0
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step_begins(self) -> None:
+        """A step is about to begin; harmless when repeated before anything was saved.
+
+        Raises:
+            BudgetError: no plan keeps to the budget.
+        """
+        self._log = self._run = None
+        if self._link is None and not self._given and self._device.type != "cpu":
+            self._link = self._measure_link()  # the first step is slow anyway
+        if _capturing(self._device):
+            self._run = None if self._course is None else Run(self._course)
+            return
+        self._look()
+        if self._stage is Stage.PLANNED:
+            assert self._course is not None
+            self._run = Run(self._course)
+            if self._is_check():
+                # What is saved has to be told for the peak where no allocator can tell it.
+                self._log = StepLog(self._clock, self._gauge, detailed=self._gauge.now() is None)
+        elif self._stage is Stage.TRIAL:
+            if self._trial is None:
+                assert self._trial_course is not None
+                self._run = Run(self._trial_course)
+                self._log = StepLog(self._clock, self._gauge, detailed=False)
+        elif self._stage is Stage.SIZING or (self._stage is Stage.TIMING and len(self._timed) < TIMED_STEPS):
+            self._log = StepLog(self._clock, self._gauge, detailed=True)
+
+    def _is_check(self) -> bool:
+        number = self._steps + 1
+        return number == FIRST_CHECK or number % CHECK_EVERY == 0
+
+    def step_ended(self) -> None:
+        """What the step saved is gone."""
+        log, self._log = self._log, None
+        run, self._run = self._run, None
+        if log is not None:
+            log.close()
+            for section in log.sections:
+                self._most_bytes = max(self._most_bytes, sum(save.held_bytes for save in section.saves))
+        if log is not None and not any(b.direction == "backward" for b in log.boundaries):
+            return  # no backward came: it tells nothing
+        if self._stage is Stage.PLANNED:
+            if run is not None:
+                self._steps += 1
+                self._check = log or self._check
+                self._watch_drift(run)
+        elif log is not None:
+            self._take(log)
+
+    def _take(self, log: StepLog) -> None:
+        if self._stage is Stage.SIZING:
+            self._first, self._timed, self._stage = log, [], Stage.TIMING
+        elif self._stage is Stage.TIMING:
+            assert self._first is not None
+            if is_like(log, self._first) or self._restarts >= 3:
+                self._timed.append(log)
+            else:
+                self._restarts += 1
+                self._stage = Stage.SIZING
+        elif self._stage is Stage.TRIAL:
+            self._trial = log
+
+    def _look(self) -> None:
+        """See whether what was measured can be read by now, and go on."""
+        check = self._check
+        if check is not None and check.readable:
+            self._check = None
+            self._read_check(check)
+        if self._stage is Stage.TIMING and len(self._timed) >= TIMED_STEPS:
+            if not all(log.readable for log in self._timed):
+                return
+            self._choose_trials()
+            self._stage = Stage.TRIAL
+        if self._stage is Stage.PLANNING:
+            assert self._job is not None
+            if self._job.done.is_set():
+                self._adopt(self._job)
+            return
+        if self._stage is Stage.TRIAL and (not self._trial_kinds or (self._trial is not None and self._trial.readable)):
+            self._make()
+            self._look()
+
+    # --- planning ---------------------------------------------------------------------------------------------------
+
+    def _choose_trials(self) -> None:
+        assert self._first is not None
+        self._trial, self._trial_kinds = None, {}
+        by_kind: dict[object, list[int]] = {}
+        for section in self._first.sections:
+            if section.not_recomputed is None and section.products and not section.overwritten:
+                assert section.index is not None
+                by_kind.setdefault(section.kind, []).append(section.index)
+        # Not one at the end: backward begins and ends with those.
+        self._trial_kinds = {
+            index: kind for kind, indices in by_kind.items() for index in _spread(indices, TRIALS_OF_A_KIND)
+        }
+        timeline = self._read({})
+        sections = tuple(
+            SectionPlan(name=record.name, mode="selective" if index in self._trial_kinds else "save")
+            for index, record in enumerate(timeline.sections)
+        )
+        nothing = Plan(sections=sections, fetches=((),) * len(timeline.phases))
+        self._trial_course = Course(nothing, timeline, self._recipes(), reason=MEASURED)
+
+    def _read(self, selective: dict[object, float]) -> Timeline:
+        assert self._first is not None
+        return read_timeline(self._timed, self._first, device=_name(self._device), selective=selective)
+
+    def _selective_ms(self) -> dict[object, float]:
+        if self._trial is None or not self._timed:
+            return {}
+        all_usual = [phase_ms(log) for log in self._timed]
+        tried = phase_ms(self._trial)
+        found: dict[object, list[float]] = collections.defaultdict(list)
+        for index, kind in self._trial_kinds.items():
+            usual = [ms["backward", index] for ms in all_usual if ("backward", index) in ms]
+            forward = [ms["forward", index] for ms in all_usual if ("forward", index) in ms]
+            if usual and forward and ("backward", index) in tried:
+                # It takes some time, whatever the noise says.
+                least = _LEAST_AGAIN * min(forward)
+                found[kind].append(max(least, tried["backward", index] - min(usual)))
+        return {kind: statistics.median(times) for kind, times in found.items()}
+
+    def _recipes(self) -> dict[int, Recipe]:
+        if self._first is not None:
+            self._known = {s.index: recipe_of(s) for s in self._first.sections if s.index is not None}
+        return self._known
+
+    def _make(self) -> None:
+        """Begin to make a plan: at once on the CPU, whose steps are the host's; beside the steps elsewhere."""
+        policy = self._policy
+        self._recipes()
+        budget = policy.device_budget_bytes
+        slowdown = DEFAULT_SLOWDOWN if budget is None and policy.max_slowdown is None else policy.max_slowdown
+        goal = Goal(
+            device_budget=budget,
+            max_slowdown=slowdown,
+            recompute=policy.recompute,
+            rules=tuple(tuple(rule) for rule in policy.rules),  # type: ignore[misc]
+        )
+        if self._link is None:
+            self._link = self._measure_link()
+        self._job = _Planning(self._read(self._selective_ms()), self._link, goal, agree=self._num_plans == 0)
+        self._stage = Stage.PLANNING
+        self._first, self._timed, self._trial = None, [], None
+        if self._device.type == "cpu":
+            self._job.run()
+        else:
+            threading.Thread(target=self._job.run, name="lighterage-plan", daemon=True).start()
+
+    def _adopt(self, job: _Planning) -> None:
+        """Carry out, from this step on, what was planned.
+
+        Raises:
+            BudgetError, ValueError: no plan keeps to the budget, or to the rules.
+        """
+        self.timeline = job.timeline
+        if job.error is not None:
+            raise job.error.with_traceback(None)
+        assert job.plan is not None
+        self._course = Course(job.plan, job.timeline, self._known)
+        self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
+        self.measured_ms = self.measured_peak_bytes = None
+        self.measured_phases_ms = []
+        self._stage = Stage.PLANNED
+        self._steps = self._slow = 0
+        self._num_plans += 1
+        self._job = None
+
+    # --- drift ------------------------------------------------------------------------------------------------------
+
+    def _read_check(self, log: StepLog) -> None:
+        self.measured_ms = log.clock.ms(log.boundaries[0].at, log.boundaries[-1].at)
+        peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
+        self.measured_peak_bytes = max(peaks) if peaks else max((b.live_bytes for b in log.boundaries), default=0)
+        self.measured_phases_ms = [
+            (b.direction, None if b.section is None else b.section.index, log.clock.ms(b.at, after.at))
+            for b, after in zip(log.boundaries, log.boundaries[1:], strict=False)
+        ]
+        if self.prediction is not None:
+            self._slow = self._slow + 1 if self.measured_ms > SLOWER * self.prediction.step_ms else 0
+            if self._slow >= 2:
+                self._measure_again()
+
+    def _watch_drift(self, run: Run) -> None:
+        if run.unplanned or run.missing or run.resized or run.strayed:
+            self._measure_again()
+
+    def _measure_again(self) -> None:
+        if self._given or self._steps < self._patience:
+            return
+        self._patience *= 2
+        self.num_drifts += 1
+        self._stage = Stage.SIZING
+        self._restarts = 0
+        # Measuring must not take more memory than the plan did.
+        foreseen = None if self.prediction is None else self.prediction.peak_bytes
+        self._limit = self.measured_peak_bytes or foreseen
+
+    # --- sections ---------------------------------------------------------------------------------------------------
+
+    def opened(
+        self, section: Section, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[object]:
+        """A section begins: gives it its orders. The context is for its forward."""
+        log, run = self._log, self._run
+        if section.by_hand or section.keep_reason is not None:
+            pass
+        elif run is not None:
+            section.orders = run.orders_for(section)
+            trial = self._stage is Stage.TRIAL
+            if section.orders is None and self._may_keep():
+                section.orders = Orders("its step is not the one that was planned for")
+            elif trial and section.orders is not None and section.orders.mode == "save" and not self._may_keep():
+                section.orders = None
+        elif self._may_keep():
+            section.orders = Orders(MEASURED)
+        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
+            around = self._check_again(section, section.orders, args, kwargs)
+        if log is None:
+            return around
+        one = section.log = SectionLog(section.name, section.gap, section.row)
+        log.entered(one)
+        if not log.detailed or self._stage is not Stage.SIZING or section.gap:
+            return around
+        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        for position, tensor in enumerate(inputs):
+            if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
+                one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
+        module = self._module_of(section.name)
+        one.kind = class_of(module)
+        if self._policy.recompute == "never":
+            one.not_recomputed = 'recompute="never"'
+        else:
+            one.not_recomputed = why_never(module, args, kwargs)
+            self._seen_running.pop(_state_key(section.name, module), None)
+        if one.not_recomputed is not None or module is None:
+            return contextlib.nullcontext()
+        told = contextlib.ExitStack()
+        told.enter_context(
+            _Watched(StateWatch(module, inputs), one, self._seen_running, _state_key(section.name, module))
+        )
+        if self._policy.rules:
+            told.enter_context(ModuleWatch(module, one))
+        told.enter_context(ProductTeller(one, lambda: section.row.saves))
+        return told
+
+    def _check_again(
+        self, section: Section, orders: PlannedOrders, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> contextlib.AbstractContextManager[object]:
+        """Let a section be computed again only if that was seen to change nothing; where it was not, see now."""
+        module = self._module_of(section.name)
+        if module is None or why_never(module, args, kwargs) is not None:
+            orders.mode = "save"
+            return contextlib.nullcontext()
+        key = _state_key(section.name, module)
+        if key in self._seen_running:
+            if self._seen_running[key] is not None:
+                orders.mode = "save"
+            return contextlib.nullcontext()
+        orders.mode = "save"
+        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        return _Watched(StateWatch(module, inputs), None, self._seen_running, key)
+
+    @property
+    def detailed_log(self) -> StepLog | None:
+        """Where saves of this step are recorded, if they are."""
+        return self._log if self._log is not None and self._log.detailed else None
+
+    def abandoned(self) -> None:
+        """An exception ended a section: the step tells nothing."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def first_save(self, section: Section) -> None:
+        """A section has saved something, so that it has its place in the step."""
+        if section.log is not None and self._log is not None:
+            section.log.index = section.index
+            self._log.sections.append(section.log)
+        if isinstance(section.orders, PlannedOrders) and self._run is not None:
+            self._carry_out(*self._run.begins("forward", section.orders.index))
+
+    def left(self, section: Section) -> None:
+        """A section's forward has ended."""
+        orders, run = section.orders, self._run
+        if section.log is not None and self._log is not None:
+            self._log.left(section.log)
+            self._log.settle_marks(
+                section.log, self._policy.select == "marked", "it is moved by hand" if section.by_hand else None
+            )
+        if isinstance(orders, PlannedOrders) and run is not None:
+            if section.index is None:
+                run.taken_back(section)
+            else:
+                self._carry_out(*run.forward_ended(orders.index))
+
+    def visited(self, section: Section) -> None:
+        """Backward has come to a section."""
+        if section.log is not None and self._log is not None:
+            self._log.visited(section.log)
+        if isinstance(section.orders, PlannedOrders) and self._run is not None:
+            self._carry_out(*self._run.begins("backward", section.orders.index))
+
+    def _carry_out(self, release: list[tuple[PlannedOrders, int]], back: list[Any]) -> None:
+        try:
+            for orders, save in release:
+                section = orders.section
+                if section is not None:
+                    self._traffic.release_some(section, orders.allocations(save))
+        finally:
+            self._traffic.fetch(back)
+
+    def waited(self, wait: Wait) -> None:
+        """The compute stream was made to wait for a copy out."""
+        if self._log is not None:
+            self._log.waited(wait)
+
+    @property
+    def measures(self) -> bool:
+        """Whether what this step shows is taken for what a step is."""
+        return self._log is not None and self._run is None
+
+    def reloaded(self) -> None:
+        """What a section saved, and was away, is on its way back as its backward begins."""
+        if self._log is not None:
+            self._log.settle_live()
+
+    def _may_keep(self) -> bool:
+        """Whether there is room on the device for what one more section saves."""
+        need = 2 * self._most_bytes
+        budget = self._policy.device_budget_bytes
+        limit = self._limit if budget is None else budget
+        used = self._gauge.now()
+        if used is None:
+            if limit is None:
+                return True
+            if self._log is None or not self._log.detailed:
+                return False
+            used = sum(save.live_bytes for one in self._log.sections for save in one.saves)
+            return used + self._most_bytes <= limit
+        if limit is not None and used + need > limit:
+            return False
+        room, total = self._gauge.room(), self._gauge.total()
+        return room is None or total is None or room > need + total // 20
+
+
+_StateKey = tuple[str, tuple[bool, ...]]
+"""A section, and which of its modules train: what its forward changes depends on both."""
+
+
+def _state_key(name: str, module: nn.Module | None) -> _StateKey:
+    return name, () if module is None else tuple(part.training for part in module.modules())
+
+
+class _Watched(contextlib.AbstractContextManager[None]):
+    """Around a forward: notes what it changes."""
+
+    def __init__(
+        self, watch: StateWatch, log: SectionLog | None, seen: dict[_StateKey, str | None], key: _StateKey
+    ) -> None:
+        self._watch = watch
+        self._log = log
+        self._seen = seen
+        self._key = key
+
+    def __exit__(self, *error: object) -> None:
+        change = self._seen[self._key] = self._watch.change()
+        if self._log is not None:
+            self._log.not_recomputed = self._log.not_recomputed or change
+
+
+def _spread(indices: list[int], num: int) -> list[int]:
+    """Up to `num` of `indices`, from the middle of as many equal parts."""
+    num = min(num, len(indices))
+    return [indices[(2 * part + 1) * len(indices) // (2 * num)] for part in range(num)]
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
