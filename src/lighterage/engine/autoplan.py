@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import enum
+import functools
 import statistics
 import threading
 import time
@@ -25,7 +27,7 @@ from .agree import agreed
 from .clock import Gauge, clock_of
 from .hooks import class_of
 from .lanes import Wait
-from .measure import MEASURED, SectionLog, StepLog
+from .measure import MEASURED, READ_TWICE, SectionLog, StateKey, StepLog
 from .orders import Course, Orders, PlannedOrders, Run
 from .policy import DEFAULT_SLOWDOWN, Policy
 from .recompute import ModuleWatch, ProductTeller, StateWatch, why_never
@@ -42,6 +44,8 @@ SLOWER = 1.25
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
 TRIALS_OF_A_KIND = 3
+# Plans are made for a link that is slower than measured: what comes late costs more than room to spare.
+LINK_CAUTION = 0.93
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that selective recomputation is taken to cost."""
 
@@ -130,8 +134,10 @@ class Autoplan:
         self._num_plans = 0
         self._check: StepLog | None = None
         self._known: dict[int, Recipe] = {}
-        self._seen_running: dict[_StateKey, str | None] = {}
-        """What the forward of each section was seen to change, or None where it changed nothing."""
+        self._seen_running: dict[StateKey, str | None] = {}
+        """Why each section must not be computed again, as a whole step of it has shown, or None where it may."""
+        self._seen_now: dict[StateKey, str | None] = {}
+        """The same, as far as the step under way has shown it."""
         self.timeline: Timeline | None = None
         self.prediction: Prediction | None = None
         self.measured_ms: float | None = None
@@ -212,6 +218,7 @@ class Autoplan:
         """What the step saved is gone."""
         log, self._log = self._log, None
         run, self._run = self._run, None
+        self._note_seen(log)
         if log is not None:
             log.close()
             for section in log.sections:
@@ -225,6 +232,13 @@ class Autoplan:
                 self._watch_drift(run)
         elif log is not None:
             self._take(log)
+
+    def _note_seen(self, log: StepLog | None) -> None:
+        for section in log.sections if log is not None else ():
+            if section.key is not None and section.not_recomputed is not None:
+                self._seen_now[section.key] = section.not_recomputed
+        self._seen_running.update(self._seen_now)
+        self._seen_now.clear()
 
     def _take(self, log: StepLog) -> None:
         if self._stage is Stage.SIZING:
@@ -319,7 +333,7 @@ class Autoplan:
         )
         if self._link is None:
             self._link = self._measure_link()
-        self._job = _Planning(self._read(self._selective_ms()), self._link, goal, agree=self._num_plans == 0)
+        self._job = _Planning(self._read(self._selective_ms()), _cautious(self._link), goal, agree=self._num_plans == 0)
         self._stage = Stage.PLANNING
         self._first, self._timed, self._trial = None, [], None
         if self._device.type == "cpu":
@@ -409,17 +423,16 @@ class Autoplan:
                 one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
         module = self._module_of(section.name)
         one.kind = class_of(module)
+        key = one.key = _state_key(section.name, module)
         if self._policy.recompute == "never":
             one.not_recomputed = 'recompute="never"'
         else:
             one.not_recomputed = why_never(module, args, kwargs)
-            self._seen_running.pop(_state_key(section.name, module), None)
+            self._seen_running.pop(key, None)
         if one.not_recomputed is not None or module is None:
             return contextlib.nullcontext()
         told = contextlib.ExitStack()
-        told.enter_context(
-            _Watched(StateWatch(module, inputs), one, self._seen_running, _state_key(section.name, module))
-        )
+        told.enter_context(_Watched(StateWatch(module, inputs), one, self._seen_now, key))
         if self._policy.rules:
             told.enter_context(ModuleWatch(module, one))
         told.enter_context(ProductTeller(one, lambda: section.row.saves))
@@ -440,7 +453,8 @@ class Autoplan:
             return contextlib.nullcontext()
         orders.mode = "save"
         inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-        return _Watched(StateWatch(module, inputs), None, self._seen_running, key)
+        orders.read_twice = functools.partial(self._seen_now.__setitem__, key, READ_TWICE)
+        return _Watched(StateWatch(module, inputs), None, self._seen_now, key)
 
     @property
     def detailed_log(self) -> StepLog | None:
@@ -525,11 +539,7 @@ class Autoplan:
         return room is None or total is None or room > need + total // 20
 
 
-_StateKey = tuple[str, tuple[bool, ...]]
-"""A section, and which of its modules train: what its forward changes depends on both."""
-
-
-def _state_key(name: str, module: nn.Module | None) -> _StateKey:
+def _state_key(name: str, module: nn.Module | None) -> StateKey:
     return name, () if module is None else tuple(part.training for part in module.modules())
 
 
@@ -537,7 +547,7 @@ class _Watched(contextlib.AbstractContextManager[None]):
     """Around a forward: notes what it changes."""
 
     def __init__(
-        self, watch: StateWatch, log: SectionLog | None, seen: dict[_StateKey, str | None], key: _StateKey
+        self, watch: StateWatch, log: SectionLog | None, seen: dict[StateKey, str | None], key: StateKey
     ) -> None:
         self._watch = watch
         self._log = log
@@ -548,6 +558,16 @@ class _Watched(contextlib.AbstractContextManager[None]):
         change = self._seen[self._key] = self._watch.change()
         if self._log is not None:
             self._log.not_recomputed = self._log.not_recomputed or change
+
+
+def _cautious(link: Link) -> Link:
+    """A link as slow as it may be in a moment that was not measured."""
+    return dataclasses.replace(
+        link,
+        out_bytes_per_s=LINK_CAUTION * link.out_bytes_per_s,
+        in_bytes_per_s=LINK_CAUTION * link.in_bytes_per_s,
+        both_bytes_per_s=LINK_CAUTION * link.both_bytes_per_s,
+    )
 
 
 def _spread(indices: list[int], num: int) -> list[int]:

@@ -27,7 +27,7 @@ from .hooks import Attachment
 from .lanes import Wait
 from .ledger import Ledger, OffloadStats
 from .link import measure_link
-from .measure import MeasuringPack
+from .measure import MeasuringPack, WatchingPack
 from .modules import Residents, SectionModules
 from .orders import PlannedOrders
 from .packing import Packer
@@ -185,6 +185,8 @@ class Offloader:
     def pack_of(self, section: Section) -> Pack:
         """The pack of a section: one that records, in a step that is measured."""
         log = None if self._auto is None or section.log is None else self._auto.detailed_log
+        if log is None and isinstance(section.orders, PlannedOrders) and section.orders.read_twice is not None:
+            return WatchingPack(self._packer.pack, section.orders.read_twice)
         return self._packer.pack if log is None else MeasuringPack(self._packer.pack, log, section.log)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
