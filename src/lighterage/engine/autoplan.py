@@ -10,12 +10,11 @@ import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..planner.choose import plan as make_plan
 from ..planner.goal import Goal
@@ -30,7 +29,7 @@ from .lanes import Wait
 from .measure import MEASURED, READ_TWICE, SectionLog, StateKey, StepLog
 from .orders import Course, Orders, PlannedOrders, Run
 from .policy import DEFAULT_SLOWDOWN, Policy
-from .recompute import ModuleWatch, ProductTeller, StateWatch, why_never
+from .recompute import ModuleWatch, ProductTeller, SectionCall, StateWatch, why_never
 from .sections import Section
 from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
 from .traffic import Traffic
@@ -392,9 +391,7 @@ class Autoplan:
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
-    def opened(
-        self, section: Section, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> contextlib.AbstractContextManager[object]:
+    def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
         """A section begins: gives it its orders. The context is for its forward."""
         log, run = self._log, self._run
         if section.by_hand or section.keep_reason is not None:
@@ -410,14 +407,14 @@ class Autoplan:
             section.orders = Orders(MEASURED)
         around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
-            around = self._check_again(section, section.orders, args, kwargs)
+            around = self._check_again(section, section.orders, call)
         if log is None:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
         if not log.detailed or self._stage is not Stage.SIZING or section.gap:
             return around
-        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        inputs = [] if call is None else call.tensors
         for position, tensor in enumerate(inputs):
             if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
                 one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
@@ -427,7 +424,7 @@ class Autoplan:
         if self._policy.recompute == "never":
             one.not_recomputed = 'recompute="never"'
         else:
-            one.not_recomputed = why_never(module, args, kwargs)
+            one.not_recomputed = why_never(module, call)
             self._seen_running.pop(key, None)
         if one.not_recomputed is not None or module is None:
             return contextlib.nullcontext()
@@ -439,11 +436,11 @@ class Autoplan:
         return told
 
     def _check_again(
-        self, section: Section, orders: PlannedOrders, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, section: Section, orders: PlannedOrders, call: SectionCall | None
     ) -> contextlib.AbstractContextManager[object]:
         """Let a section be computed again only if that was seen to change nothing; where it was not, see now."""
         module = self._module_of(section.name)
-        if module is None or why_never(module, args, kwargs) is not None:
+        if module is None or call is None or why_never(module, call) is not None:
             orders.mode = "save"
             return contextlib.nullcontext()
         key = _state_key(section.name, module)
@@ -452,9 +449,8 @@ class Autoplan:
                 orders.mode = "save"
             return contextlib.nullcontext()
         orders.mode = "save"
-        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
         orders.read_twice = functools.partial(self._seen_now.__setitem__, key, READ_TWICE)
-        return _Watched(StateWatch(module, inputs), None, self._seen_now, key)
+        return _Watched(StateWatch(module, call.tensors), None, self._seen_now, key)
 
     @property
     def detailed_log(self) -> StepLog | None:
