@@ -24,6 +24,7 @@ from benchmarks.decoder_cases import Row
 from benchmarks.environment import capture
 from benchmarks.moe_stack import STACK
 from benchmarks.moe_stack import TINY as TINY_STACK
+from benchmarks.moe_stack_model import RECIPES
 from benchmarks.planner_report import to_markdown
 from benchmarks.shapes import LLAMA_8B_X8, TINY
 
@@ -42,7 +43,8 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
     tiny = {"min_bytes": 1024} if args.tiny else {}
     goals = [(name, policy | tiny) for name, policy in cases.GOALS]
-    budgets = [(f"device_budget={gib}GiB", {"device_budget": f"{gib}GiB"} | tiny) for gib in cases.BUDGETS_GIB]
+    chosen = cases.FEW_BUDGETS_GIB if args.quick else cases.BUDGETS_GIB
+    budgets = [(f"device_budget={gib}GiB", {"device_budget": f"{gib}GiB"} | tiny) for gib in chosen]
     if args.tiny:
         budgets = [("device_budget=6MB", {"device_budget": "6MB"} | tiny)]
     shape = TINY_STACK if args.tiny else STACK
@@ -56,14 +58,12 @@ def main(argv: list[str] | None = None) -> int:
         "bits": lambda: cases.bits(bench, [goal for goal in goals if "device_budget" not in goal[1]]),
         "stack": lambda: [
             row
-            for recipe in ("fp8_block", "bf16")
+            for recipe in args.recipes
             for row in cases.stack(dataclasses.replace(shape, experts=min(shape.experts, 8)), recipe, device, rounds)
         ],
     }
     failed = False
-    for case in CASES:
-        if case not in args.cases:
-            continue
+    for case in args.cases:
         start = time.perf_counter()
         try:
             results[case] = measure[case]()
@@ -85,7 +85,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="folder for planner.md, planner.json, timelines and plans")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--recipes", nargs="+", choices=tuple(RECIPES), default=["fp8_block", "bf16"])
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and fewer budgets")
     parser.add_argument("--tiny", action="store_true", help="a tiny model, to see that it runs")
     return parser
 

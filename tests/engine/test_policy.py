@@ -280,3 +280,67 @@ def test_a_disk_dir_is_where_the_bytes_go_and_nothing_stays_there(tmp_path: Path
         train(batch())(model)
         assert offloader.stats().bytes_out > 0
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what a plan is to reach -----------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_made_from_measurement_unless_one_is_made_by_hand() -> None:
+    with lighterage.offload([mlp_layer()]) as offloader:
+        assert "measured" in str(offloader.report())
+    for field in ("keep_last", "release_after", "prefetch_ahead"):
+        assert lighterage.Policy(**{field: 1}).by_hand
+        with lighterage.offload([mlp_layer()], **{field: 1}) as offloader:
+            assert offloader.report().plan is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "names"),
+    [
+        ({"device_budget": "40GiB", "max_slowdown": 0.02}, ["device_budget='40GiB'", "max_slowdown=0.02"]),
+        ({"device_budget": "40GiB", "keep_last": 2}, ["device_budget='40GiB'", "keep_last=2"]),
+        ({"max_slowdown": 0.02, "release_after": 3}, ["max_slowdown=0.02", "release_after=3"]),
+        ({"max_slowdown": 0.02, "prefetch_ahead": 0}, ["max_slowdown=0.02", "prefetch_ahead=0"]),
+        ({"rules": [("*", "keep")], "keep_last": 0}, ["rules", "keep_last=0"]),
+    ],
+)
+def test_two_ways_to_plan_at_once_are_refused_by_both_names(fields: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(ValueError, match="Leave one of the two out") as refused:
+        lighterage.Policy(**fields)
+    for name in names:
+        assert name in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "error", "match"),
+    [
+        ({"device_budget": "much"}, ValueError, "device_budget is a number of bytes"),
+        ({"device_budget": 1.5}, TypeError, "device_budget is a number of bytes"),
+        ({"max_slowdown": -0.1}, ValueError, "not negative"),
+        ({"max_slowdown": "2%"}, TypeError, "a part of the step, such as 0.02"),
+        ({"max_slowdown": True}, TypeError, "a part of the step, such as 0.02"),
+        ({"recompute": "always"}, ValueError, '"auto" or "never"'),
+        ({"rules": "*.mlp"}, TypeError, "rules are pairs"),
+        ({"rules": ["*.mlp"]}, TypeError, "a rule is a pattern and what becomes of it"),
+        ({"rules": [("*.mlp", "move")]}, ValueError, 'a rule says "offload", "keep" or "recompute"'),
+    ],
+)
+def test_what_a_plan_is_to_reach_is_checked(fields: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        lighterage.Policy(**fields)
+
+
+def test_rules_bind_the_plan() -> None:
+    model = mlp_stack(4)
+    x = batch(1, 256, 32)
+
+    def moved(**policy: Any) -> list[int]:
+        with lighterage.offload(model.layers, min_bytes=64, tier="host", max_slowdown=50.0, **policy) as offloader:
+            for _ in range(7):
+                model(x).square().sum().backward()
+            return [section.bytes_out for section in offloader.report().sections]
+
+    assert all(nbytes > 0 for nbytes in moved(rules=[("*", "offload")])[:3])
+    kept = moved(rules=[("Layer.1", "keep"), ("*", "offload")])
+    assert kept[1] == 0
+    assert kept[0] > 0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import hashlib
+import time
 
 import torch
 
 from ..planner.timeline import Timeline
 
-# A rank that does not answer so long plans without the others.
-PATIENCE = datetime.timedelta(seconds=10)
+# Who does not answer for so long is planned without.
+PATIENCE_S = 10.0
+_LOOK_AGAIN_S = 0.02
 
 _num_rounds = 0
 
@@ -19,8 +20,8 @@ _num_rounds = 0
 def agreed(timeline: Timeline) -> tuple[Timeline, int]:
     """`timeline` with the most of what the ranks with the same sections measured, and how many ranks those are.
 
-    The ranks' words go through the key-value store that the job was started with, which waits for a while and no
-    longer: a rank without an offloader holds nobody up for good. No collective, and nothing for the device to do.
+    The ranks' words go through the key-value store that the job was started with, whatever the backend: nothing for the
+    device to do, and a rank without an offloader holds nobody up for more than `PATIENCE_S`.
     """
     global _num_rounds
     dist = torch.distributed
@@ -31,10 +32,12 @@ def agreed(timeline: Timeline) -> tuple[Timeline, int]:
     prefix, world, rank = f"lighterage/{_num_rounds}", dist.get_world_size(), dist.get_rank()
     store.set(f"{prefix}/{rank}", f"{_form(timeline)}\n{timeline.to_json()}")
     keys = [f"{prefix}/{other}" for other in range(world)]
-    try:
-        store.wait(keys, PATIENCE)
-    except (RuntimeError, ValueError):
-        return timeline, 1
+    # Asked again and again: a call that waits would hold the store up for whoever else needs it.
+    deadline = time.monotonic() + PATIENCE_S
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return timeline, 1
+        time.sleep(_LOOK_AGAIN_S)
     said = [store.get(key).decode().split("\n", 1) for key in keys]
     alike = [Timeline.from_json(text) for form, text in said if form == _form(timeline)]
     return _most(alike), len(alike)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dataclasses
 import enum
+import functools
 import statistics
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 from ..planner.choose import plan as make_plan
 from ..planner.goal import Goal
@@ -25,10 +26,10 @@ from .agree import agreed
 from .clock import Gauge, clock_of
 from .hooks import class_of
 from .lanes import Wait
-from .measure import MEASURED, SectionLog, StepLog
+from .measure import MEASURED, READ_TWICE, SectionLog, StateKey, StepLog
 from .orders import Course, Orders, PlannedOrders, Run
 from .policy import DEFAULT_SLOWDOWN, Policy
-from .recompute import ModuleWatch, ProductTeller, StateWatch, why_never
+from .recompute import ModuleWatch, ProductTeller, SectionCall, StateWatch, why_never
 from .sections import Section
 from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
 from .traffic import Traffic
@@ -42,6 +43,8 @@ SLOWER = 1.25
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
 TRIALS_OF_A_KIND = 3
+# Plans are made for a link that is slower than measured: what comes late costs more than room to spare.
+LINK_CAUTION = 0.93
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that selective recomputation is taken to cost."""
 
@@ -130,8 +133,10 @@ class Autoplan:
         self._num_plans = 0
         self._check: StepLog | None = None
         self._known: dict[int, Recipe] = {}
-        self._seen_running: dict[_StateKey, str | None] = {}
-        """What the forward of each section was seen to change, or None where it changed nothing."""
+        self._seen_running: dict[StateKey, str | None] = {}
+        """Why each section must not be computed again, as a whole step of it has shown, or None where it may."""
+        self._seen_now: dict[StateKey, str | None] = {}
+        """The same, as far as the step under way has shown it."""
         self.timeline: Timeline | None = None
         self.prediction: Prediction | None = None
         self.measured_ms: float | None = None
@@ -212,6 +217,7 @@ class Autoplan:
         """What the step saved is gone."""
         log, self._log = self._log, None
         run, self._run = self._run, None
+        self._note_seen(log)
         if log is not None:
             log.close()
             for section in log.sections:
@@ -225,6 +231,13 @@ class Autoplan:
                 self._watch_drift(run)
         elif log is not None:
             self._take(log)
+
+    def _note_seen(self, log: StepLog | None) -> None:
+        for section in log.sections if log is not None else ():
+            if section.key is not None and section.not_recomputed is not None:
+                self._seen_now[section.key] = section.not_recomputed
+        self._seen_running.update(self._seen_now)
+        self._seen_now.clear()
 
     def _take(self, log: StepLog) -> None:
         if self._stage is Stage.SIZING:
@@ -319,7 +332,7 @@ class Autoplan:
         )
         if self._link is None:
             self._link = self._measure_link()
-        self._job = _Planning(self._read(self._selective_ms()), self._link, goal, agree=self._num_plans == 0)
+        self._job = _Planning(self._read(self._selective_ms()), _cautious(self._link), goal, agree=self._num_plans == 0)
         self._stage = Stage.PLANNING
         self._first, self._timed, self._trial = None, [], None
         if self._device.type == "cpu":
@@ -378,9 +391,7 @@ class Autoplan:
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
-    def opened(
-        self, section: Section, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> contextlib.AbstractContextManager[object]:
+    def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
         """A section begins: gives it its orders. The context is for its forward."""
         log, run = self._log, self._run
         if section.by_hand or section.keep_reason is not None:
@@ -396,41 +407,40 @@ class Autoplan:
             section.orders = Orders(MEASURED)
         around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
         if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
-            around = self._check_again(section, section.orders, args, kwargs)
+            around = self._check_again(section, section.orders, call)
         if log is None:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
         if not log.detailed or self._stage is not Stage.SIZING or section.gap:
             return around
-        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
+        inputs = [] if call is None else call.tensors
         for position, tensor in enumerate(inputs):
             if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
                 one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
         module = self._module_of(section.name)
         one.kind = class_of(module)
+        key = one.key = _state_key(section.name, module)
         if self._policy.recompute == "never":
             one.not_recomputed = 'recompute="never"'
         else:
-            one.not_recomputed = why_never(module, args, kwargs)
-            self._seen_running.pop(_state_key(section.name, module), None)
+            one.not_recomputed = why_never(module, call)
+            self._seen_running.pop(key, None)
         if one.not_recomputed is not None or module is None:
             return contextlib.nullcontext()
         told = contextlib.ExitStack()
-        told.enter_context(
-            _Watched(StateWatch(module, inputs), one, self._seen_running, _state_key(section.name, module))
-        )
+        told.enter_context(_Watched(StateWatch(module, inputs), one, self._seen_now, key))
         if self._policy.rules:
             told.enter_context(ModuleWatch(module, one))
         told.enter_context(ProductTeller(one, lambda: section.row.saves))
         return told
 
     def _check_again(
-        self, section: Section, orders: PlannedOrders, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, section: Section, orders: PlannedOrders, call: SectionCall | None
     ) -> contextlib.AbstractContextManager[object]:
         """Let a section be computed again only if that was seen to change nothing; where it was not, see now."""
         module = self._module_of(section.name)
-        if module is None or why_never(module, args, kwargs) is not None:
+        if module is None or call is None or why_never(module, call) is not None:
             orders.mode = "save"
             return contextlib.nullcontext()
         key = _state_key(section.name, module)
@@ -439,8 +449,8 @@ class Autoplan:
                 orders.mode = "save"
             return contextlib.nullcontext()
         orders.mode = "save"
-        inputs = [leaf for leaf in tree_leaves((args, dict(kwargs))) if isinstance(leaf, torch.Tensor)]
-        return _Watched(StateWatch(module, inputs), None, self._seen_running, key)
+        orders.read_twice = functools.partial(self._seen_now.__setitem__, key, READ_TWICE)
+        return _Watched(StateWatch(module, call.tensors), None, self._seen_now, key)
 
     @property
     def detailed_log(self) -> StepLog | None:
@@ -525,11 +535,7 @@ class Autoplan:
         return room is None or total is None or room > need + total // 20
 
 
-_StateKey = tuple[str, tuple[bool, ...]]
-"""A section, and which of its modules train: what its forward changes depends on both."""
-
-
-def _state_key(name: str, module: nn.Module | None) -> _StateKey:
+def _state_key(name: str, module: nn.Module | None) -> StateKey:
     return name, () if module is None else tuple(part.training for part in module.modules())
 
 
@@ -537,7 +543,7 @@ class _Watched(contextlib.AbstractContextManager[None]):
     """Around a forward: notes what it changes."""
 
     def __init__(
-        self, watch: StateWatch, log: SectionLog | None, seen: dict[_StateKey, str | None], key: _StateKey
+        self, watch: StateWatch, log: SectionLog | None, seen: dict[StateKey, str | None], key: StateKey
     ) -> None:
         self._watch = watch
         self._log = log
@@ -548,6 +554,16 @@ class _Watched(contextlib.AbstractContextManager[None]):
         change = self._seen[self._key] = self._watch.change()
         if self._log is not None:
             self._log.not_recomputed = self._log.not_recomputed or change
+
+
+def _cautious(link: Link) -> Link:
+    """A link as slow as it may be in a moment that was not measured."""
+    return dataclasses.replace(
+        link,
+        out_bytes_per_s=LINK_CAUTION * link.out_bytes_per_s,
+        in_bytes_per_s=LINK_CAUTION * link.in_bytes_per_s,
+        both_bytes_per_s=LINK_CAUTION * link.both_bytes_per_s,
+    )
 
 
 def _spread(indices: list[int], num: int) -> list[int]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 
 from ..unseen import see_through, unseen
 
@@ -34,8 +35,9 @@ Call = Callable[..., Any]
 Runner = Callable[[Call, tuple[Any, ...], dict[str, Any]], Any]
 """Makes a call in its own way: `runner(call, args, kwargs)`."""
 
-Scope = Callable[[tuple[Any, ...], dict[str, Any]], AbstractContextManager[object]]
-"""Makes the scope of a call with these arguments. What entering it gives may have a `runner`."""
+Scope = Callable[[tuple[Any, ...], dict[str, Any], bool], AbstractContextManager[object]]
+"""Makes the scope of a call with these arguments, and whether it is part of a compiled program. What entering it gives
+may have a `runner`."""
 
 
 class Attachment:
@@ -74,10 +76,10 @@ class Attachment:
 
     @unseen
     def enter(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
     ) -> tuple[AbstractContextManager[object], Runner | None]:
         assert self._scope is not None
-        scope = self._scope(args, kwargs)
+        scope = self._scope(args, kwargs, compiled)
         entered = scope.__enter__()
         return scope, getattr(entered, "runner", None)
 
@@ -149,7 +151,8 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
     def _wrapped_call_impl(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not attachment.covers(self):
             return base.__call__(self, *args, **kwargs)
-        scope, runner = attachment.enter(args, kwargs)
+        # Only in this frame, which is skipped by itself, it can be told whether what it calls is to be compiled.
+        scope, runner = attachment.enter(args, kwargs, eval_frame.get_eval_frame_callback() is not None)
         try:
             if runner is None:
                 result = base.__call__(self, *args, **kwargs)

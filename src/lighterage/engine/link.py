@@ -87,7 +87,8 @@ class Lanes:
 
 def _lanes(device: torch.device, name: str) -> Link:
     # Pools and streams are per device: the calling thread's own device comes back whatever happens.
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    anywhere = device == torch.device(device.type)
+    index = torch.accelerator.current_device_index() if anywhere else device.index
     with torch.accelerator.device_index(index):
         lanes = Lanes(device, _LARGE)
         lanes.seconds(_LARGE, out=1, back=1)  # the first copy of a process makes what copies need

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 MEASURED = "measured: nothing is moved"
 """The reason for which all stays in a step that is measured."""
 
+READ_TWICE = "its backward asks for a saved tensor twice"
+"""The reason for which PyTorch cannot compute a section again."""
+
 # What is kept for these reasons is no activation: it counts as the model's own memory.
 _RESIDENT = frozenset(
     [
@@ -113,6 +116,10 @@ class SaveLog:
         return self.held_bytes if any(not ref.expired() for ref in self._refs) else 0
 
 
+StateKey = tuple[str, tuple[bool, ...]]
+"""A section, and which of its modules train: what its forward changes depends on both."""
+
+
 class SectionLog:
     """One run of one section."""
 
@@ -122,6 +129,7 @@ class SectionLog:
         "index",
         "input_keys",
         "inside",
+        "key",
         "kind",
         "name",
         "not_recomputed",
@@ -145,6 +153,7 @@ class SectionLog:
         self.not_recomputed: str | None = None
         self.inside: list[str] = []
         """The modules inside the section that run now, where that is watched."""
+        self.key: StateKey | None = None
         self.kind: object = None
         """Sections of one kind take the same time: the class of the module."""
 
@@ -341,7 +350,7 @@ class Measured:
     def unpack(self) -> torch.Tensor:
         task = torch._C._current_graph_task_id()
         if task == self._task and task != -1:
-            self._section.not_recomputed = "its backward asks for a saved tensor twice"
+            self._section.not_recomputed = READ_TWICE
         self._task = task
         tensor = self._handle.unpack()
         self._log.used(self._saves)
@@ -372,6 +381,37 @@ def _allocations(handle: object) -> list[Allocation]:
 
 
 Pack = Callable[[torch.Tensor, "Section"], _Unpackable]
+
+
+class Once:
+    """A handle of a section that may be computed again later: tells if it is read twice in one backward."""
+
+    __slots__ = ("_handle", "_task", "_twice")
+
+    def __init__(self, handle: _Unpackable, twice: Callable[[], None]) -> None:
+        self._handle = handle
+        self._twice = twice
+        self._task = -1
+
+    def unpack(self) -> torch.Tensor:
+        task = torch._C._current_graph_task_id()
+        if task == self._task and task != -1:
+            self._twice()
+        self._task = task
+        return self._handle.unpack()
+
+
+class WatchingPack:
+    """The pack of a section that may be computed again later, if its backward reads each saved tensor once."""
+
+    __slots__ = ("_pack", "_twice")
+
+    def __init__(self, pack: Pack, twice: Callable[[], None]) -> None:
+        self._pack = pack
+        self._twice = twice
+
+    def __call__(self, tensor: torch.Tensor, section: Section) -> _Unpackable:
+        return Once(self._pack(tensor, section), self._twice)
 
 
 class MeasuringPack:

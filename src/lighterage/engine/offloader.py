@@ -9,8 +9,8 @@ import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import MappingProxyType, TracebackType
+from collections.abc import Callable, Iterable, Iterator
+from types import TracebackType
 from typing import Any, Literal, NoReturn, get_args
 
 import torch
@@ -27,12 +27,12 @@ from .hooks import Attachment
 from .lanes import Wait
 from .ledger import Ledger, OffloadStats
 from .link import measure_link
-from .measure import MeasuringPack
+from .measure import MeasuringPack, WatchingPack
 from .modules import Residents, SectionModules
 from .orders import PlannedOrders
 from .packing import Packer
 from .policy import Policy
-from .recompute import run_again_later
+from .recompute import SectionCall, run_again_later
 from .report import Report, build_report
 from .scopes import BetweenSections, Pack, Recorder, entered, why_stand_aside
 from .sections import KEEP_LAST, KEEP_SECTION, BackwardOrder, LiveSection, Section
@@ -142,9 +142,9 @@ class Offloader:
             self._attachments.append(Attachment(self._modules.root, self._root_scope))
 
     def _module_scope(
-        self, name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
     ) -> contextlib.AbstractContextManager[LiveSection | None]:
-        return self._scope(name, position, "policy", args, kwargs)
+        return self._scope(name, position, "policy", SectionCall(args, kwargs, compiled))
 
     @contextlib.contextmanager
     def _scope(
@@ -152,8 +152,7 @@ class Offloader:
         name: str,
         position: int | None,
         plan: SectionPlan = "policy",
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        call: SectionCall | None = None,
     ) -> Iterator[LiveSection | None]:
         reason = self._why_stand_aside()
         if reason is not None:
@@ -165,8 +164,8 @@ class Offloader:
         keep_reason = (
             KEEP_SECTION if plan == "keep" else self._keep_reason(name, position) if plan == "policy" else None
         )
-        section, around = self._open_section(name, keep_reason, by_hand=plan == "manual", args=args, kwargs=kwargs)
-        del args, kwargs
+        section, around = self._open_section(name, keep_reason, by_hand=plan == "manual", call=call)
+        del call
         before = self._device_bytes()
         live = LiveSection(section)
         pack = self.pack_of(section)
@@ -185,11 +184,13 @@ class Offloader:
     def pack_of(self, section: Section) -> Pack:
         """The pack of a section: one that records, in a step that is measured."""
         log = None if self._auto is None or section.log is None else self._auto.detailed_log
+        if log is None and isinstance(section.orders, PlannedOrders) and section.orders.read_twice is not None:
+            return WatchingPack(self._packer.pack, section.orders.read_twice)
         return self._packer.pack if log is None else MeasuringPack(self._packer.pack, log, section.log)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
-    def _root_scope(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[None]:
-        del args, kwargs
+    def _root_scope(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> Iterator[None]:
+        del args, kwargs, compiled
         reason = self._why_stand_aside()
         if reason is not None:
             self._ledger.stood_aside[(self._modules.root_name, reason)] += 1
@@ -278,8 +279,7 @@ class Offloader:
         keep_reason: str | None,
         gap: bool = False,
         by_hand: bool = False,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] = MappingProxyType({}),
+        call: SectionCall | None = None,
     ) -> tuple[Section, contextlib.AbstractContextManager[object]]:
         """A section, and what its forward has to run in."""
         around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
@@ -290,7 +290,7 @@ class Offloader:
             self._num_open += 1
             section = Section(self, name, keep_reason, gap, by_hand)
             if self._auto is not None:
-                around = self._auto.opened(section, args, kwargs)
+                around = self._auto.opened(section, call)
             return section, around
 
     def _step_may_begin(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..planner.plan import Mode, Plan
@@ -78,7 +79,7 @@ class Orders:
 class PlannedOrders(Orders):
     """What the plan says of a section."""
 
-    __slots__ = ("_moves", "_run", "_section", "_sizes", "_taken", "called", "index", "mode", "recipe")
+    __slots__ = ("_moves", "_run", "_section", "_sizes", "_taken", "called", "index", "mode", "read_twice", "recipe")
 
     def __init__(self, run: Run, index: int, section: Section) -> None:
         course = run.course
@@ -91,6 +92,8 @@ class PlannedOrders(Orders):
         self.index = index
         self.mode = course.plan.sections[index].mode
         self.recipe = course.recipes.get(index, Recipe())
+        self.read_twice: Callable[[], None] | None = None
+        """To be told if backward reads a saved tensor twice, where it is not known whether it does."""
         self.called: int | None = None
         """Where the section is computed again: the save of the plan that what comes next stands for, 0 for none."""
 

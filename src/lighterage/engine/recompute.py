@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,12 +76,29 @@ class _Products:
 # --- what may be computed again ---------------------------------------------------------------------------------------
 
 
-def why_never(module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+@dataclasses.dataclass(frozen=True, slots=True)
+class SectionCall:
+    """What a section's module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    compiled: bool
+    """Whether the call is part of a program that is compiled."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that it is given, in the order in which a checkpoint saves them."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+def why_never(module: nn.Module | None, call: SectionCall | None) -> str | None:
     """Why a section must not be computed again, as far as can be told before it runs; or None."""
-    if module is None:
+    if module is None or call is None:
         return "it is named in code, not a module"
-    if not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves((args, dict(kwargs)))):
+    if not call.tensors:
         return "it is given no tensor"
+    if call.compiled:
+        return "it is compiled"
     for part in module.modules():
         if part._forward_hooks or part._forward_pre_hooks:
             return f"forward hooks of {type(part).__name__} would run twice"
@@ -88,15 +106,7 @@ def why_never(module: nn.Module | None, args: tuple[Any, ...], kwargs: Mapping[s
             return "it is compiled"
         if isinstance(part, torch.jit.ScriptModule):
             return "it is scripted"
-    if _under_compile():
-        return "it is compiled"
     return None
-
-
-def _under_compile() -> bool:
-    from torch._C._dynamo import eval_frame
-
-    return eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 class StateWatch:

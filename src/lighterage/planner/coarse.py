@@ -21,21 +21,24 @@ class Coarse:
 
     timeline: Timeline
     choices: Choices
-    members: dict[tuple[int, int], tuple[int, ...]]
-    """Of each group, by section and save: the saves, the first needed first."""
+    places: dict[tuple[int, int], int]
+    """Of each allocation of the timeline, by section and save: its place among the groups, in their order."""
+
+    is_exact: bool
+    """Whether each group has one member."""
 
 
 def coarsen(timeline: Timeline, choices: Choices) -> Coarse:
     """Groups of what one section saves that is alike in kind, readers and rules, neighbours in time of need."""
     count = sum(len(section.allocations) for section in timeline.sections)
-    members: dict[tuple[int, int], tuple[int, ...]]
     if count <= _MOST:
-        members = {(s, a.save): (a.save,) for s, record in enumerate(timeline.sections) for a in record.allocations}
-        return Coarse(timeline, choices, members)
+        keys = [(s, a.save) for s, record in enumerate(timeline.sections) for a in record.allocations]
+        return Coarse(timeline, choices, {key: place for place, key in enumerate(keys)}, True)
     total = sum(a.held_bytes for section in timeline.sections for a in section.allocations)
     sections: list[SectionRecord] = []
-    members = {}
+    places: dict[tuple[int, int], int] = {}
     bound = {}
+    place = 0
     for index, section in enumerate(timeline.sections):
         groups: list[list[SavedAllocation]] = []
         last: object = None
@@ -50,17 +53,18 @@ def coarsen(timeline: Timeline, choices: Choices) -> Coarse:
         merged = tuple(_merge(group, number) for number, group in enumerate(groups, start=1))
         sections.append(dataclasses.replace(section, allocations=merged))
         for number, group in enumerate(groups, start=1):
-            members[index, number] = tuple(a.save for a in group)
+            places.update(((index, a.save), place) for a in group)
+            place += 1
             if (index, group[0].save) in choices.bound:
                 bound[index, number] = choices.bound[index, group[0].save]
     coarse = dataclasses.replace(timeline, sections=tuple(sections))
-    return Coarse(coarse, dataclasses.replace(choices, bound=bound), members)
+    return Coarse(coarse, dataclasses.replace(choices, bound=bound), places, False)
 
 
 def _alike(allocation: SavedAllocation, section: int, choices: Choices) -> tuple[object, ...]:
     readers = tuple(use.section for use in allocation.uses)
     return (
-        allocation.kind,
+        allocation.kind if len(choices.modes[section]) > 1 else "",
         allocation.kept is not None,
         str(choices.bound.get((section, allocation.save))),
         readers,

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from .plan import Mode
+from .schedule import Pace
 
 Modes = tuple[Mode, ...]
 
@@ -23,7 +24,9 @@ class Point:
     """Of the allocations of the timeline, by their place in it."""
 
     limit_bytes: float
-    haste: float
+    pace: Pace
+    lazy: frozenset[int] = frozenset()
+    """Of those that are moved: what comes back no earlier than in the phase that reads it."""
 
 
 class Frontier:
@@ -54,6 +57,11 @@ class Frontier:
     def within(self, peak_bytes: float) -> Point | None:
         """The fastest of at most `peak_bytes`."""
         return next((point for point in self._points if point.peak_bytes <= peak_bytes), None)
+
+    def above(self, point: Point) -> int:
+        """The peak of the point before, which is larger and faster; of `point` itself if it is the fastest."""
+        before = [other.peak_bytes for other in self._points if other.ms < point.ms]
+        return before[-1] if before else point.peak_bytes
 
     def at_price(self, ms: float) -> Point | None:
         """The smallest of at most `ms`."""

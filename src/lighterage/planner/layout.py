@@ -50,8 +50,8 @@ class Layout:
     """Of each phase, in order; each begins with its `WORK`."""
 
 
-def recompute_time(timeline: Timeline, section: int, mode: Mode) -> float:
-    """Milliseconds that backward of `section` takes longer in `mode`.
+def recompute_time(timeline: Timeline, section: int, mode: Mode, forward_ms: float | None = None) -> float:
+    """Milliseconds that backward of `section` takes longer in `mode`. `forward_ms`: its forward's, if it is at hand.
 
     Raises:
         ValueError: the section cannot be computed again in this way.
@@ -66,6 +66,8 @@ def recompute_time(timeline: Timeline, section: int, mode: Mode) -> float:
         if record.selective_ms is None:
             raise ValueError(f'section {section} ({record.name}) cannot have mode "selective": its time is not known.')
         return record.selective_ms
+    if forward_ms is not None:
+        return forward_ms
     return next(phase.ms for phase in timeline.phases if phase.direction == "forward" and phase.section == section)
 
 
@@ -86,7 +88,7 @@ def lay_out(timeline: Timeline, modes: Sequence[Mode]) -> Layout:
     for index, phase in enumerate(timeline.phases):
         if phase.section is not None:
             (forward if phase.direction == "forward" else backward)[phase.section] = index
-    again = [recompute_time(timeline, section, mode) for section, mode in enumerate(modes)]
+    again = [recompute_time(timeline, s, mode, timeline.phases[forward[s]].ms) for s, mode in enumerate(modes)]
     count = len(timeline.phases)
     layout = Layout([], [phase.ms for phase in timeline.phases], [0.0] * count, [[] for _ in range(count)])
     for index, phase in enumerate(timeline.phases):

@@ -4,25 +4,51 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
 from .layout import BIRTH, DEATH, GONE, NEED, NEVER, REBORN, WORK, Layout
 from .run import AWAY, HERE, Run
 from .timeline import Link
+
+_MOST_OVERTAKEN = 12
+
+
+class Pace(NamedTuple):
+    """How reloads are spread."""
+
+    haste: float = 1.15
+    """They begin so many times earlier than their own bytes need. A little is a margin; much pays where memory is in
+    the way of some, and the lane should be free of others by then."""
+
+    overtaking: bool = False
+    """Whether one may begin before another that is needed earlier and finds no room yet."""
 
 
 class Schedule:
     """Decisions for a run in which `moved` leave, that keep the peak under `limit_bytes` where that can be done.
 
     Memory is given back as soon as its copy has finished, and waited for only where the next phase would not fit
-    otherwise. What is away comes back in the order of need, as late as the link allows by its own rate times `haste`,
-    or where memory lets it. What finds no room before it is needed is left to be asked for.
+    otherwise. What is away comes back in the order of need, as late as the link allows at
+    the given pace, or where memory lets it. What finds no room before it is needed is left to be asked for.
 
     Why this can be exact: what is on the device at a given place of the compute stream follows from the decisions
     alone, never from how fast the copies are.
     """
 
-    def __init__(self, layout: Layout, link: Link, moved: Sequence[bool], *, limit_bytes: float, haste: float) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        link: Link,
+        moved: Sequence[bool],
+        *,
+        limit_bytes: float,
+        pace: Pace,
+        lazy: Collection[int] = (),
+        must: Collection[int] = (),
+    ) -> None:
+        """`lazy`: items that come back no earlier than in the phase that reads them. `must`: items that leave before
+        they are read, whatever is waited for that."""
         self._items = layout.items
         self._held = [item.allocation.held_bytes for item in layout.items]
         count = len(layout.ms)
@@ -39,8 +65,19 @@ class Schedule:
         self._stretches: list[list[float]] = []
         self._rank: dict[int, int] = {}
         self._profile(layout, moved)
-        self._limit = max(limit_bytes, max(map(max, self._stretches), default=0))
-        self._due = self._latest(layout, link, haste)
+        self._most: list[float] = [max(row) for row in self._stretches]
+        """Of each phase, with what is there all through it before it is needed."""
+
+        self._through: list[float] = [0] * count
+        # What cannot be helped is no reason to hold back elsewhere.
+        self._limit = max(limit_bytes, max(self._most, default=0))
+        self._most_overtaken = _MOST_OVERTAKEN if pace.overtaking else 0
+        self._due = self._latest(layout, link, pace.haste)
+        for item in lazy:
+            if item in self._due:
+                self._due[item] = int(self._items[item].need[0])
+        self._lazy = bool(lazy)
+        self._must = must
         self._in_order: list[list[int]] = [[] for _ in range(count)]
         for item in sorted(self._order, key=lambda i: self._items[i].birth):
             self._in_order[self._items[item].birth[0]].append(item)
@@ -94,7 +131,7 @@ class Schedule:
         return due
 
     def fetches(self, phase: int, run: Run) -> Sequence[int]:
-        row = self.rows[phase]
+        row, without_room = self.rows[phase], 0
         order, state, due = self._order, run.state, self._due
         while self._first_pending < len(order) and self._items[order[self._first_pending]].need[0] < phase:
             self._first_pending += 1
@@ -103,11 +140,16 @@ class Schedule:
             if item not in due:
                 break
             if due[item] > phase:
+                if self._lazy:
+                    continue
                 break
             if state[item] != AWAY:
                 continue
             if not self._fits(item, phase):
-                break
+                without_room += 1
+                if without_room > self._most_overtaken:
+                    break
+                continue
             self._occupy(item, phase)
             row.append(item)
         return row
@@ -115,21 +157,26 @@ class Schedule:
     def _fits(self, item: int, phase: int) -> bool:
         room = self._limit - self._held[item] - self._leaving_bytes
         last = int(self._items[item].need[0])
-        stretches = self._stretches
-        for each in range(phase, last):
-            if max(stretches[each]) > room:
-                return False
-        return max(stretches[last][: self._rank[item] + 1]) <= room
+        if phase < last and max(self._most[phase:last]) > room:
+            return False
+        return max(self._stretches[last][: self._rank[item] + 1]) + self._through[last] <= room
 
     def _occupy(self, item: int, phase: int) -> None:
         """Count `item` as there from the beginning of `phase` until it is needed."""
         held = self._held[item]
         last = int(self._items[item].need[0])
         for each in range(phase, last):
-            self._stretches[each] = [most + held for most in self._stretches[each]]
+            self._through[each] += held
+            self._most[each] += held
+        self._add(item, held)
+
+    def _add(self, item: int, nbytes: int) -> None:
+        """Count `nbytes` more in the phase that reads `item`, until it does."""
+        last = int(self._items[item].need[0])
         row = self._stretches[last]
         for rank in range(self._rank[item] + 1):
-            row[rank] += held
+            row[rank] += nbytes
+        self._most[last] = max(row) + self._through[last]
 
     def releases(self, phase: int, run: Run) -> Sequence[int]:
         for item in self._in_order[phase]:
@@ -152,6 +199,10 @@ class Schedule:
                 waiting.append(item)
         # What the next phase reads, and has not left, stays until then; the last to be read goes first if it must.
         asked = [item for item in waiting if self._items[item].need[0] == following]
+        forced = [item for item in asked if item in self._must]
+        for item in forced:
+            self._leaving_bytes -= self._held[item]
+        asked = [item for item in asked if item not in self._must]
         for item in asked:
             self._occupy(item, following)
             self._leaving_bytes -= self._held[item]
@@ -160,13 +211,11 @@ class Schedule:
         while kept_from < len(others) and self._over(following):
             self._leaving_bytes -= self._held[others[kept_from]]
             kept_from += 1
-        forced = others[:kept_from]
+        forced += others[:kept_from]
         asked.sort(key=lambda i: self._items[i].need)
         while asked and self._over(following):
             item = asked.pop()
-            row = self._stretches[following]
-            for rank in range(self._rank[item] + 1):
-                row[rank] -= self._held[item]
+            self._add(item, -self._held[item])
             forced.append(item)
         forced.sort(key=lambda i: self._items[i].birth)
         released += forced
@@ -176,4 +225,4 @@ class Schedule:
         return released
 
     def _over(self, phase: int) -> bool:
-        return max(self._stretches[phase]) + self._leaving_bytes > self._limit
+        return self._most[phase] + self._leaving_bytes > self._limit

@@ -1,0 +1,96 @@
+"""Ranks with the same sections make the same plan, of the most that any of them measured; others plan by themselves."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import lighterage
+from lighterage.engine import agree
+from lighterage.planner.plan import Plan
+from lighterage.planner.timeline import Timeline
+from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
+
+Launch = Callable[[Callable[[int, int], None]], None]
+WIDTH = 32
+
+
+class Slow(nn.Module):
+    """A layer that one rank takes longer for."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+        self.seconds = seconds
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        time.sleep(self.seconds)
+        return x + self.down(torch.tanh(self.up(x)).sin())
+
+
+def gathered(rank: int, num: int, value: str) -> list[str]:
+    values: list[str] = [""] * num
+    dist.all_gather_object(values, value)
+    return values
+
+
+def work_of_equal_ranks(rank: int, num: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Slow(0.02 * rank) for _ in range(3)])
+    plain = copy.deepcopy(model)
+    rows = [torch.randn(64, WIDTH)]
+    expected = train(plain, rows, STEPS_TO_PLAN + 2)
+    with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+        assert_equal(expected, train(model, rows, STEPS_TO_PLAN + 2))
+        assert offloader.stats().bytes_out > 0
+        plan, timeline, report = offloader.plan, offloader.timeline, offloader.report()
+    assert plan is not None
+    assert timeline is not None
+    assert report.agreed_with == num
+    assert f"made for {num} ranks together" in str(report)
+    plans = [Plan.from_json(text) for text in gathered(rank, num, plan.to_json())]
+    assert all(p.sections == plan.sections and p.fetches == plan.fetches for p in plans)
+    timelines = [Timeline.from_json(text) for text in gathered(rank, num, timeline.to_json())]
+    assert all(t.phases == timeline.phases for t in timelines)
+    forward = [p.ms for p in timeline.phases if p.direction == "forward"]
+    assert min(forward) >= 15, "the slowest rank decides"
+
+
+def work_of_unequal_ranks(rank: int, num: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Slow(0.0) for _ in range(2 + rank)])
+    with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+        train(model, [torch.randn(64, WIDTH)], STEPS_TO_PLAN + 1)
+        assert offloader.report().agreed_with == 1
+        assert offloader.plan is not None
+        assert len(offloader.plan.sections) == 2 + rank
+    dist.barrier()
+
+
+def work_of_one_rank_alone(rank: int, num: int) -> None:
+    agree.PATIENCE_S = 0.5
+    if rank == 0:
+        model = nn.Sequential(*[Slow(0.0) for _ in range(2)])
+        with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+            train(model, [torch.randn(64, WIDTH)], STEPS_TO_PLAN + 1)
+            assert offloader.report().agreed_with == 1
+            assert offloader.plan is not None
+    dist.barrier()
+
+
+def test_ranks_with_the_same_sections_make_the_same_plan(launch: Launch) -> None:
+    launch(work_of_equal_ranks)
+
+
+def test_ranks_with_other_sections_plan_by_themselves(launch: Launch) -> None:
+    launch(work_of_unequal_ranks)
+
+
+def test_a_rank_without_an_offloader_holds_nobody_up(launch: Launch) -> None:
+    launch(work_of_one_rank_alone)
