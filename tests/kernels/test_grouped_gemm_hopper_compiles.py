@@ -32,7 +32,7 @@ source = GluonASTSource(
     constexprs={{(names.index(name),): value for name, value in constants.items()}},
     attrs={{(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}},
 )
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=False))
 print(get_ptxas(90).path)
 print(compiled.metadata.shared)
 print(compiled.asm["ptx"])

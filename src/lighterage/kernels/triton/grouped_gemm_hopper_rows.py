@@ -8,6 +8,8 @@ product of the scales and every slab's product lie within float32's range.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -33,7 +35,7 @@ from lighterage.kernels.triton.grouped_gemm_hopper import (
     tma_load,
     tma_store,
 )
-from lighterage.kernels.triton.launch import on_device_of
+from lighterage.kernels.triton.launch import launch, on_device_of
 from lighterage.kernels.triton.splits import padded_splits
 
 MAX_SPLITS = 1024
@@ -368,6 +370,11 @@ def _grouped_rows_kernel(
     )
 
 
+@lru_cache
+def _out_layout(num_bits: int) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout(128, num_bits, 2)
+
+
 def grouped_rows(
     x_buffer: torch.Tensor,
     w_buffer: torch.Tensor,
@@ -398,31 +405,36 @@ def grouped_rows(
     w_rows = num_splits * out_features
     x = x_buffer[: num_rows * depth].view(x_dtype)
     w = w_buffer[: w_rows * depth].view(w_dtype)
-    out_layout = gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)
+    out_layout = _out_layout(8 * out.element_size())
     row_tiles = num_rows // TILE_M.value + num_splits
     num_tiles = row_tiles * -(-out_features // TILE_N.value)
+    descriptors = (
+        TensorDescriptor(x, [num_rows, depth], [depth, 1], [GROUP_ROWS.value, 128], CODES_LAYOUT),
+        TensorDescriptor(w, [w_rows, depth], [depth, 1], [TILE_N.value, 128], CODES_LAYOUT),
+        TensorDescriptor(
+            out, [num_rows, out_features], [out_features, 1], [GROUP_ROWS.value, TILE_N.value], out_layout
+        ),
+    )
+    constants = {
+        "OUT_FEATURES": out_features,
+        "DEPTH": depth,
+        "STAGES": num_stages(out),
+        "UNROLL": unroll,
+        "GROUP": group,
+        "LANES": padded_splits(num_splits),
+        "POWER_OF_2": power_of_2,
+        "HAS_BIAS": bias is not None,
+    }
+    grid = min(num_multiprocessors(x_buffer.get_device()), num_tiles)
+    pointers = (out, out if bias is None else bias, x_buffer, w_buffer, ends)
     with on_device_of(x_buffer):
-        _grouped_rows_kernel[(min(num_multiprocessors(x_buffer.device.index), num_tiles),)](
-            TensorDescriptor(x, [num_rows, depth], [depth, 1], [GROUP_ROWS.value, 128], CODES_LAYOUT),
-            TensorDescriptor(w, [w_rows, depth], [depth, 1], [TILE_N.value, 128], CODES_LAYOUT),
-            TensorDescriptor(
-                out, [num_rows, out_features], [out_features, 1], [GROUP_ROWS.value, TILE_N.value], out_layout
-            ),
-            out,
-            out if bias is None else bias,
-            x_buffer,
-            w_buffer,
-            ends,
-            num_splits,
-            num_rows,
-            OUT_FEATURES=out_features,
-            DEPTH=depth,
-            STAGES=num_stages(out),
-            UNROLL=unroll,
-            GROUP=group,
-            LANES=padded_splits(num_splits),
-            POWER_OF_2=power_of_2,
-            HAS_BIAS=bias is not None,
+        launch(
+            _grouped_rows_kernel,
+            grid,
+            pointers,
+            (num_splits, num_rows),
+            constants,
             num_warps=4,
+            descriptors=descriptors,
         )
     return out
