@@ -28,6 +28,7 @@ from lighterage.formats.bulk import Quantizer
 
 Role = Literal["input", "weight", "grad"]
 """What is quantized: a layer's input, its weight, or the gradient of its output."""
+_ROLES = get_args(Role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,8 +221,8 @@ def alignment_of(recipe: Recipe | None) -> int:
 
 
 def _checked(role: Role) -> Role:
-    if role not in get_args(Role):
-        raise ValueError(f"role must be one of {list(get_args(Role))}; got {role!r}.")
+    if role not in _ROLES:
+        raise ValueError(f"role must be one of {list(_ROLES)}; got {role!r}.")
     return role
 
 

@@ -156,7 +156,7 @@ def test_auto_takes_weight_gradients_expert_by_expert_where_they_are_few_and_lar
     monkeypatch, has_kernel, few_large
 ) -> None:
     pytest.importorskip("triton")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm_backends, "capability", lambda device: (9, 0))
     monkeypatch.setattr(gemm_backends, "has_hopper_kernel", lambda device: has_kernel)
     cuda = torch.device("cuda", 0)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -33,7 +31,7 @@ def _values(codes: torch.Tensor, scale: torch.Tensor, recipe: int) -> torch.Tens
 
 
 @pytest.fixture
-def operator(monkeypatch) -> Iterator[list[int]]:
+def operator(monkeypatch) -> list[int]:
     """`scaled_mm` in float64, which the CPU has not; the addresses that it was given."""
     addresses = []
 
@@ -44,7 +42,7 @@ def operator(monkeypatch) -> Iterator[list[int]]:
         assert out.dtype == dtype
 
     monkeypatch.setattr(gemm_scaled_mm, "_scaled_mm", scaled_mm)
-    yield addresses
+    return addresses
 
 
 def _group(rows: int, cols: int, sizes: list[int], block: int, shift: int = 0) -> SplitTensors:

@@ -14,7 +14,7 @@ import torch
 
 from lighterage.formats.buffers import allocate
 from lighterage.formats.capacity import BulkCapacity, bulk_capacity
-from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks
+from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks, known_layout
 from lighterage.formats.quantized_tensor import DIRECTIONS, view_over
 from lighterage.formats.quantizer import Backend, BulkQuantizer, check_input, check_usage, chosen_triton
 from lighterage.formats.quantizer import Quantizer as Quantizer
@@ -130,7 +130,7 @@ def _layout(
     quantizer: BulkQuantizer, splits: Splits, row_shape: tuple[int, ...], columnwise: bool
 ) -> BulkLayout | BulkCapacity:
     if splits.rows is not None:
-        return BulkLayout(quantizer.format_name, splits.rows, row_shape, columnwise, quantizer.block_2d)
+        return known_layout(quantizer.format_name, splits.rows, row_shape, columnwise, quantizer.block_2d)
     return bulk_capacity(
         quantizer.format_name,
         num_rows=splits.num_rows,

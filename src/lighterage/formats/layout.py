@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
@@ -153,6 +154,14 @@ def _layout_of(
     format_name: FormatName, splits: tuple[int, ...], row_shape: tuple[int, ...], columnwise: bool, block_2d: bool
 ) -> BulkLayout:
     return BulkLayout(format_name, SplitRows(splits, prod(row_shape[:-1])), row_shape, columnwise, block_2d)
+
+
+@lru_cache(maxsize=256)
+def known_layout(
+    format_name: FormatName, rows: SplitRows, row_shape: tuple[int, ...], columnwise: bool, block_2d: bool
+) -> BulkLayout:
+    """`BulkLayout` of checked rows, kept: the layers and steps that split alike share one, with what it has counted."""
+    return BulkLayout(format_name, rows, row_shape, columnwise, block_2d)
 
 
 def bulk_layout(

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Operand: TypeAlias = SplitTensors | torch.Tensor
 BackendName = Literal["auto", "torch", "triton", "mixed", "reference", "emulation"]
+_NAMES = get_args(BackendName)
 
 _BY_FORMAT: dict[str | None, tuple[str, ...]] = {
     None: ("torch", "reference"),
@@ -69,8 +70,8 @@ def choose_backend(
 
     Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device.
     """
-    if name not in get_args(BackendName):
-        names = ", ".join(map(repr, get_args(BackendName)))
+    if name not in _NAMES:
+        names = ", ".join(map(repr, _NAMES))
         raise ValueError(f"a GEMM backend is one of {names}; got {name!r}.")
     if format_name not in _BY_FORMAT:
         raise ValueError(f"products are known of the formats {list(_BY_FORMAT)}; got {format_name!r}.")
@@ -90,7 +91,7 @@ def _fastest(format_name: str | None, device: torch.device, splits: Splits | Non
         return "reference"
     if format_name in ("mxfp8", "nvfp4"):
         return "emulation"
-    if splits is not None and _few_large(splits) and torch.cuda.get_device_capability(device)[0] == 9:
+    if splits is not None and _few_large(splits) and capability(device)[0] == 9:
         return "mixed" if has_hopper_kernel(device) else "torch"
     return "triton"
 
@@ -106,9 +107,15 @@ def _few_large(splits: Splits) -> bool:
 
 
 @lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, which PyTorch looks up anew each time."""
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
 def has_hopper_kernel(device: torch.device) -> bool:
     """Whether the kernel for Hopper runs on `device`: there, with a Triton that has what it is written in."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+    if device.type != "cuda" or capability(device)[0] != 9:
         return False
     try:
         import lighterage.kernels.triton.grouped_gemm_hopper_rows  # noqa: F401
@@ -157,8 +164,8 @@ def _check_scaled_mm(name: str, device: torch.device, splits: Splits | None) -> 
         )
     if splits is not None and splits.host is None:
         raise ValueError(
-            f"the GEMM backend {name!r} multiplies expert by expert, so the host must know the splits; they are a device "
-            "tensor. Pass backend='triton', which reads them on the device, or m_splits as a list of integers."
+            f"the GEMM backend {name!r} multiplies expert by expert, so the host must know the splits; they are a "
+            "device tensor. Pass backend='triton', which reads them on the device, or m_splits as a list of integers."
         )
 
 
@@ -171,7 +178,7 @@ def _check_triton(name: str, device: torch.device) -> None:
             "backend='reference'."
         ) from error
     if device.type == "cuda":
-        if name != "emulation" and torch.cuda.get_device_capability(device) < (8, 9):
+        if name != "emulation" and capability(device) < (8, 9):
             raise ValueError(
                 f"the GEMM backend {name!r} needs a GPU that multiplies FP8, compute capability 8.9 or later; got "
                 f"{torch.cuda.get_device_name(device)}. Pass backend='reference'."

@@ -1,9 +1,9 @@
 """The backend "torch" for FP8 blocks: `scaled_mm` for each expert, whose rows the host must know.
 
 Note [Views without members]
-A loop over experts is as fast as the host makes its operands. Members of a group are wrapper tensors, and a pair of them
-costs the host more than the device takes for its product. So the codes and scales of each expert are cut out of the
-bulk buffers, a view each, at places that are worked out once for a layout.
+A loop over experts is as fast as the host makes its operands. Members of a group are wrapper tensors, and a pair of
+them costs the host more than the device takes for its product. So the codes and scales of each expert are cut out of
+the bulk buffers, a view each, at places that are worked out once for a layout.
 """
 
 from __future__ import annotations

@@ -32,7 +32,6 @@ TILE_N = gl.constexpr(128)
 GROUP_ROWS = gl.constexpr(64)  # of one group of warps
 NUM_GROUPS = gl.constexpr(2)
 STAGE_BYTES = gl.constexpr(256 * 128)
-CODES_LAYOUT = gl.NVMMASharedLayout(128, 8, 2)
 
 
 @gluon.jit

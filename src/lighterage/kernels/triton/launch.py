@@ -3,8 +3,9 @@
 Note [What a launch depends on]
 Triton reads every argument and option of a launch anew, to find what it compiled for them: 20 to 30 microseconds for
 the kernels here, more than all else that the host does for a group. What it compiles depends on the constants and
-options, on the pointers' dtypes and whether they are multiples of 16, and on whether an integer needs 64 bits, for
-integers are declared `do_not_specialize`; on the dtype, block and layout of a descriptor. `launch` keeps what was compiled by just these.
+options, on the pointers' dtypes and whether they are multiples of 16, on the dtypes, blocks and layouts of
+descriptors, and on whether an integer needs 64 bits, for integers are declared `do_not_specialize`. `launch` keeps what
+was compiled by just these.
 """
 
 from __future__ import annotations
