@@ -12,6 +12,7 @@ from typing import Literal, cast
 
 import torch
 
+from lighterage.formats.arguments import check_flag
 from lighterage.formats.buffers import allocate
 from lighterage.formats.capacity import BulkCapacity, bulk_capacity
 from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks, known_layout
@@ -58,6 +59,8 @@ def split_quantize(
     """
     check_input(x)
     _check_activation(x, activation)
+    check_flag("disable_bulk_allocation", disable_bulk_allocation)
+    _check_quantizers(quantizers)
     shape = x.shape
     splits = Splits.of(m_splits, shape[0], x.device, rows_per_split=1 if len(shape) == 2 else prod(shape[1:-1]))
     if splits.num_splits != len(quantizers):
@@ -181,8 +184,17 @@ def _all_alike(quantizers: Sequence[Quantizer]) -> bool:
     return same_class and list(map(vars, quantizers)).count(vars(first)) == num
 
 
+def _check_quantizers(quantizers: object) -> None:
+    if not isinstance(quantizers, Sequence) or isinstance(quantizers, str):
+        raise TypeError(
+            f"quantizers must be a list with one for each split; got {quantizers!r}. Pass [quantizer] * len(m_splits)."
+        )
+    if quantizers and not hasattr(type(quantizers[0]), "set_usage"):
+        raise TypeError(f"quantizers must be quantizers, such as Float8BlockQuantizer(); got {quantizers[0]!r}.")
+
+
 def _check_activation(x: torch.Tensor, activation: object) -> None:
-    if activation not in (None, "swiglu"):
+    if activation is not None and activation != "swiglu":
         raise ValueError(f"activation must be None or 'swiglu'; got {activation!r}.")
     if activation and x.shape[-1] % 2:
         raise ValueError(

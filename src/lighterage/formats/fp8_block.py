@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, final
 import torch
 
 from lighterage.formats import bulk, quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags, check_number, is_one_of
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -64,7 +65,7 @@ class Float8BlockTensor(torch.Tensor):
             fp8_dtype=self.fp8_dtype,
             block_2d=self.block_scaling_dim == 2,
             columnwise=columnwise,
-            out_dtype=dtype or self.dtype,
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -128,10 +129,10 @@ class Float8BlockQuantizer:
 
     def __post_init__(self) -> None:
         fp8_max(self.fp8_dtype)
-        if self.block_scaling_dim not in (1, 2):
+        check_flags(self, "rowwise", "columnwise", "power_of_2_scale")
+        if not is_one_of(self.block_scaling_dim, (1, 2)):
             raise ValueError(f"block_scaling_dim must be 1 (1x128) or 2 (128x128); got {self.block_scaling_dim!r}.")
-        if not self.amax_epsilon >= 0:
-            raise ValueError(f"amax_epsilon must be 0 or more; got {self.amax_epsilon!r}.")
+        check_number("amax_epsilon", self.amax_epsilon, least=0)
 
     def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> Float8BlockTensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, of any sizes; not recorded by autograd.

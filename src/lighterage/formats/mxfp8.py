@@ -12,6 +12,7 @@ from typing import ClassVar, final
 import torch
 
 from lighterage.formats import bulk, quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -58,7 +59,7 @@ class MXFP8Tensor(torch.Tensor):
             scale,
             fp8_dtype=self.fp8_dtype,
             columnwise=columnwise,
-            out_dtype=dtype or self.dtype,
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -97,6 +98,7 @@ class MXFP8Quantizer:
 
     def __post_init__(self) -> None:
         fp8_max(self.fp8_dtype)
+        check_flags(self, "rowwise", "columnwise")
 
     def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> MXFP8Tensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, rows and K multiples of 32; not recorded by autograd.

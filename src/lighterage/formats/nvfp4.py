@@ -12,6 +12,7 @@ from typing import ClassVar, final
 import torch
 
 from lighterage.formats import bulk, quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -66,7 +67,7 @@ class NVFP4Tensor(torch.Tensor):
             amax,
             columnwise=columnwise,
             hadamard=columnwise and self.with_rht,
-            out_dtype=dtype or self.dtype,
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -126,6 +127,9 @@ class NVFP4Quantizer:
     tensor_class: ClassVar[type[torch.Tensor]] = NVFP4Tensor
 
     def __post_init__(self) -> None:
+        check_flags(self, "rowwise", "columnwise", "with_rht", "stochastic_rounding", "with_2d_quantization")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None; got {self.generator!r}.")
         if self.stochastic_rounding and self.generator is None:
             raise ValueError(
                 "stochastic_rounding needs a generator to be reproducible; got None. "

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
 import torch
 
+from lighterage.formats.arguments import is_one_of
 from lighterage.formats.split_tensors import SplitTensors
 
 if TYPE_CHECKING:
@@ -68,12 +69,15 @@ def choose_backend(
     splits: how the rows are split; "auto" looks at sizes that the host knows.
     power_of_2_scales: the FP8 block scales of inputs and gradients are known to be powers of two. Changes speed alone.
 
-    Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device.
+    Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device. TypeError: on a
+        device that is none.
     """
-    if name not in _NAMES:
+    if not is_one_of(name, _NAMES):
         names = ", ".join(map(repr, _NAMES))
         raise ValueError(f"a GEMM backend is one of {names}; got {name!r}.")
-    if format_name not in _BY_FORMAT:
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device must be a torch.device; got {device!r}. Pass x.device, or torch.device({device!r}).")
+    if not is_one_of(format_name, _BY_FORMAT):
         raise ValueError(f"products are known of the formats {list(_BY_FORMAT)}; got {format_name!r}.")
     chosen = _fastest(format_name, device, splits) if name == "auto" else name
     if chosen not in _BY_FORMAT[format_name]:
@@ -102,8 +106,10 @@ def _few_large(splits: Splits) -> bool:
     A call takes the host some 20 µs, in which the device multiplies 512 rows by as many columns as a weight of
     4096×4096 has.
     """
-    num_busy = sum(size > 0 for size in splits.host or ())
-    return num_busy > 0 and splits.num_rows >= LARGE_ROWS * num_busy
+    if splits.rows is None:
+        return False
+    num_busy = sum(size > 0 for size in splits.rows.rows)
+    return num_busy > 0 and splits.rows.total >= LARGE_ROWS * num_busy
 
 
 @lru_cache

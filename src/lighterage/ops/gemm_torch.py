@@ -45,8 +45,7 @@ def grouped_mm_rows(
 ) -> torch.Tensor:
     """Every expert's rows of x (M, K) times w[expert] (K, N) and alpha[expert], with zeros past the last expert's."""
     y = torch._grouped_mm(x, w_EKN, offs=splits.ends_int32)
-    host_knows_all = splits.host is not None
-    if host_knows_all and bias is None and alpha_E is None:
+    if splits.cover_all_rows and bias is None and alpha_E is None:
         return y.to(out_dtype)
     row = torch.arange(splits.num_rows, device=y.device)
     expert = torch.searchsorted(splits.ends, row, right=True)
@@ -56,7 +55,7 @@ def grouped_mm_rows(
     y = y.to(out_dtype)
     if bias is not None:
         y.add_(bias[known])
-    if not host_knows_all:  # rows of no expert hold whatever was in memory, NaN too
+    if not splits.cover_all_rows:  # rows of no expert hold whatever was in memory, NaN too
         y.masked_fill_((expert == splits.num_splits)[:, None], 0.0)
     return y
 

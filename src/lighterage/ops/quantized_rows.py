@@ -32,9 +32,10 @@ def quantized_rows(
             f"an input that is quantized already must be what {recipe} makes of an input, {wanted.__name__} with "
             f"{options}; got {x_MK!r}. Quantize it with recipe.quantizer('input', rowwise=True, columnwise=True)."
         )
-    if splits.num_splits != 1:
+    if splits.num_splits != 1 or not splits.cover_all_rows:
         raise ValueError(
-            f"a quantized input can be that of one layer, not of {splits.num_splits} experts, whose blocks begin anew. "
+            f"a quantized input can be that of one layer over all its rows, not of {splits.num_splits} experts, whose "
+            "blocks begin anew. "
             "Pass the input as it was before it was quantized."
         )
     for direction, needed in (("rowwise", rowwise), ("columnwise", columnwise)):
