@@ -23,7 +23,9 @@ def check_tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...] | 
         raise TypeError(f"{name} must be a strided tensor; got a {kind} one. Pass its values, or {name}.to_dense().")
     if dtypes is not None and value.dtype not in dtypes:
         wanted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise TypeError(f"{name} must be of {wanted}; got {value.dtype} {tuple(value.shape)}. Cast it: {name}.float().")
+        raise TypeError(
+            f"{name} must be of {wanted}; got {value.dtype} {tuple(value.shape)}. Cast it: {name}.to({dtypes[0]})."
+        )
 
 
 def check_has_values(name: str, tensor: object) -> None:

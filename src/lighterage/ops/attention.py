@@ -17,6 +17,7 @@ from lighterage.formats.tensor_arguments import check_no_transform, check_tensor
 from lighterage.marks import mark_not_offload
 from lighterage.ops.packed_attention import UNEQUAL_LENGTHS, packed_attention
 
+_WHOLE = (torch.int32, torch.int64, torch.int16, torch.int8)
 MarkOutput = Literal["auto"] | bool
 
 
@@ -166,8 +167,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None, e
         raise ValueError("cu_seqlens_kv belongs to packed sequences: pass cu_seqlens too.")
     for name, bound in (("cu_seqlens", ends), ("cu_seqlens_kv", ends_kv)):
         if bound is not None:
-            check_tensor(name, bound, dtypes=(torch.int32, torch.int64, torch.int16, torch.int8))
-        if bound is not None and (bound.ndim != 1 or bound.numel() < 2):
+            check_tensor(name, bound, dtypes=None)
+        if bound is not None and (bound.ndim != 1 or bound.numel() < 2 or bound.dtype not in _WHOLE):
             raise ValueError(
                 f"{name} must be whole numbers of shape (sequences + 1,); got {bound.dtype} {tuple(bound.shape)}."
             )
