@@ -99,16 +99,7 @@ def _quantize_group(
         if getattr(quantizer, direction):
             layouts[direction] = _layout(quantizer, splits, row_shape, direction == "columnwise")
             buffers[direction] = allocate(layouts[direction], x.device)
-    group = Group(
-        tensor_class=quantizer.tensor_class,
-        options=quantizer.tensor_options(),
-        format_name=quantizer.format_name,
-        block_2d=quantizer.block_2d,
-        dtype=x.dtype,
-        row_shape=row_shape,
-        splits=splits,
-        layouts=layouts,
-    )
+    group = Group.made_by(quantizer, splits, dtype=x.dtype, row_shape=row_shape, layouts=layouts)
     tensors = SplitTensors(group, buffers=buffers)
     whole = x.dim() == 2 and x.is_contiguous()
     x_MK = x if whole else x.detach().reshape(splits.num_rows, x.shape[-1]).contiguous()

@@ -52,11 +52,9 @@ class Float8BlockTensor(torch.Tensor):
 
         Raises: RuntimeError: if both usages were dropped.
         """
-        columnwise = quantized_tensor.some_direction(self) == "columnwise"
-        data, scale_inv = self.columnwise_data, self.columnwise_scale_inv
-        if not columnwise:
-            data, scale_inv = self.rowwise_data, self.rowwise_scale_inv
-        assert data is not None and scale_inv is not None
+        direction = quantized_tensor.some_direction(self)
+        columnwise = direction == "columnwise"
+        data, scale_inv = quantized_tensor.fields_of(self, direction)
         num_cols = self.shape[-1]
         num_rows = self.numel() // num_cols if num_cols else 0
         values = reference.dequantize(
@@ -81,11 +79,7 @@ class Float8BlockTensor(torch.Tensor):
     def _transposed(self, direction: str) -> dict[str, torch.Tensor] | None:
         if self.block_scaling_dim != 2:
             return None
-        if direction == "columnwise":
-            data, scale_inv = self.rowwise_data, self.rowwise_scale_inv
-        else:
-            data, scale_inv = self.columnwise_data, self.columnwise_scale_inv
-        assert data is not None and scale_inv is not None
+        data, scale_inv = quantized_tensor.fields_of(self, quantized_tensor.other_direction(direction))
         specs = self.inner_specs(self.shape)
         data_spec, scale_spec = specs[f"{direction}_data"], specs[f"{direction}_scale_inv"]
         rows = data.flatten(0, -2) if direction == "columnwise" else data.flatten(1)

@@ -49,16 +49,13 @@ class MXFP8Tensor(torch.Tensor):
 
         Raises: RuntimeError: if both usages were dropped.
         """
-        columnwise = quantized_tensor.some_direction(self) == "columnwise"
-        data, scale = self.columnwise_data, self.columnwise_scale_inv
-        if not columnwise:
-            data, scale = self.rowwise_data, self.rowwise_scale_inv
-        assert data is not None and scale is not None
+        direction = quantized_tensor.some_direction(self)
+        data, scale = quantized_tensor.fields_of(self, direction)
         values = reference.dequantize(
             data.flatten(0, -2),
             scale,
             fp8_dtype=self.fp8_dtype,
-            columnwise=columnwise,
+            columnwise=direction == "columnwise",
             out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)

@@ -56,11 +56,9 @@ class NVFP4Tensor(torch.Tensor):
         Values that were transformed are transformed back.
         Raises: RuntimeError: if both usages were dropped.
         """
-        columnwise = quantized_tensor.some_direction(self) == "columnwise"
-        data, scale, amax = self.columnwise_data, self.columnwise_scale_inv, self.columnwise_amax
-        if not columnwise:
-            data, scale, amax = self.rowwise_data, self.rowwise_scale_inv, self.rowwise_amax
-        assert data is not None and scale is not None and amax is not None
+        direction = quantized_tensor.some_direction(self)
+        columnwise = direction == "columnwise"
+        data, scale, amax = quantized_tensor.fields_of(self, direction)
         values = reference.dequantize(
             data if columnwise else data.flatten(0, -2),
             scale,
@@ -83,11 +81,7 @@ class NVFP4Tensor(torch.Tensor):
     def _transposed(self, direction: str) -> dict[str, torch.Tensor] | None:
         if not self.with_2d_quantization:
             return None
-        if direction == "columnwise":
-            data, scale, amax = self.rowwise_data, self.rowwise_scale_inv, self.rowwise_amax
-        else:
-            data, scale, amax = self.columnwise_data, self.columnwise_scale_inv, self.columnwise_amax
-        assert data is not None and scale is not None and amax is not None
+        data, scale, amax = quantized_tensor.fields_of(self, quantized_tensor.other_direction(direction))
         specs = self.inner_specs(self.shape)
         data, scale = reference.transpose_2d(data.flatten(0, -2), scale)
         return {

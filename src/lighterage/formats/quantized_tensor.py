@@ -138,6 +138,16 @@ def value_dtype(dtype: object, default: torch.dtype) -> torch.dtype:
 # --- usages ---------------------------------------------------------------------------------------------------------
 
 
+def other_direction(direction: str) -> str:
+    """The one of the two that `direction` is not."""
+    return DIRECTIONS[1 - DIRECTIONS.index(direction)]
+
+
+def fields_of(tensor: torch.Tensor, direction: str) -> list[torch.Tensor]:
+    """The plain tensors of a direction that is there, in the order of the fields: data, scales, perhaps an amax."""
+    return [getattr(tensor, name) for name in as_quantized(tensor).FIELDS if name.startswith(direction)]
+
+
 def has_usage(tensor: torch.Tensor, direction: str) -> bool:
     """Whether the data of `direction` ("rowwise" or "columnwise") is there."""
     return getattr(tensor, f"{direction}_data") is not None
@@ -161,7 +171,7 @@ def update_usage(
     made: dict[str, torch.Tensor] = {}
     for direction, want in wanted.items():
         if want and not has_usage(tensor, direction):
-            other = DIRECTIONS[1 - DIRECTIONS.index(direction)]
+            other = other_direction(direction)
             fields = derive(direction) if has_usage(tensor, other) else None
             if fields is None:
                 why = f"cannot be made exactly from the {other} data" if has_usage(tensor, other) else "has gone away"

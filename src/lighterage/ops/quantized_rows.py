@@ -78,16 +78,7 @@ def _group_of_one(x_MK: torch.Tensor, splits: Splits, quantizer: BulkQuantizer) 
         for direction in DIRECTIONS
         if f"{direction}_data" in held
     }
-    group = Group(
-        tensor_class=type(x_MK),
-        options=options_of(x_MK),
-        format_name=quantizer.format_name,
-        block_2d=quantizer.block_2d,
-        dtype=x_MK.dtype,
-        row_shape=row_shape,
-        splits=splits,
-        layouts=layouts,
-    )
+    group = Group.made_by(quantizer, splits, dtype=x_MK.dtype, row_shape=row_shape, layouts=layouts)
     # Another wrapper of the same codes: what the layer lets go of, the caller's tensor keeps.
     tensors = SplitTensors(group, members=[map_inner(x_MK, lambda part: part)])
     return tensors if set(tensors.buffers) == set(layouts) else SplitTensors(group, buffers=_in_buffers(group, held))
