@@ -76,6 +76,7 @@ class Allocation:
 
     __slots__ = (
         "__weakref__",
+        "_earlier",
         "_ground",
         "_left",
         "_left_from",
@@ -85,7 +86,9 @@ class Allocation:
         "_unused",
         "_watch",
         "address",
+        "back_in",
         "buffers",
+        "capture",
         "covered",
         "gathered",
         "kept",
@@ -101,9 +104,20 @@ class Allocation:
     )
 
     def __init__(
-        self, transport: Transport, storage: torch.UntypedStorage, watch: InPlaceWatch, row: Row, spec: ViewSpec
+        self,
+        transport: Transport,
+        storage: torch.UntypedStorage,
+        watch: InPlaceWatch,
+        row: Row,
+        spec: ViewSpec,
+        capture: int = 0,
     ) -> None:
         self.transport = transport
+        self.capture = capture
+        """The graph in whose capture it was saved, or 0: see Note [Copies inside a capture]."""
+        self.back_in = 0
+        """The graph in whose capture it came back, or 0."""
+        self._earlier: list[Fence] = []
         self.row = row
         """What its traffic is counted on: the row of the section that saved it first."""
         self._storage: torch.UntypedStorage | None = storage
@@ -243,6 +257,24 @@ class Allocation:
         """Whether somebody else holds the device memory that was let go of."""
         return self.stage is Stage.AWAY and self._storage_ref is not None and not self._storage_ref.expired()
 
+    def join(self) -> None:
+        """Let what comes next in a capture wait for copies out of memory that was not let go of, and now is used up."""
+        if self.capture and self._left is not None:
+            self._left.order()
+
+    def leave_again(self) -> None:
+        """Forget the memory that it came back to in another capture: the bytes at rest are the right ones."""
+        assert self.stage is Stage.BACK
+        for buffer in self.buffers:
+            if buffer.fence is not FINISHED:
+                self._earlier.append(buffer.fence)
+                if not buffer.fence.ordered_on(buffer.made_on):
+                    self.transport.bury(buffer.ground.memory.untyped_storage(), buffer.fence)
+        self.buffers = []
+        self.stage = Stage.AWAY
+        if self._unused is not None:
+            self._unused.use(id(self))
+
     def room(self) -> list[tuple[Resting, torch.Tensor]]:
         """Allocate device memory to come back to. The copies to make: the caller starts them and calls `returning`."""
         assert self.stage is Stage.AWAY
@@ -282,6 +314,7 @@ class Allocation:
         for buffer in self.buffers:
             buffer.fence = fence
         self.stage = Stage.BACK
+        self.back_in = self.transport.capture()
         self._unused = unused
         unused.add(id(self), self.nbytes)
 
@@ -330,7 +363,7 @@ class Allocation:
             self.transport.bury(self._storage, self._left)
         if self._unused is not None:
             self._unused.drop(id(self))
-        read: list[Fence] = []
+        read = self._earlier
         for buffer in self.buffers:
             fence = buffer.fence
             if fence is not FINISHED:

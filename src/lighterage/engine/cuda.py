@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from functools import cache
 
 import torch
+
+from .graph_driver import graph_driver
 
 
 class CudaPinner:
@@ -18,14 +21,18 @@ class CudaPinner:
         Raises:
             OSError: the driver refused; the message holds its reason.
         """
-        cudart = torch.cuda.cudart()
-        code = int(cudart.cudaHostRegister(address, nbytes, 1))
+        # A capture that is under way would be broken by it, and has nothing to do with it.
+        driver = graph_driver()
+        with contextlib.nullcontext() if driver is None else driver.relaxed():
+            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1))
         if code:
             raise OSError(f"cudaHostRegister of {nbytes} bytes failed with error {code}")
 
     def unpin(self, address: int) -> None:
         """Undo `pin` for the registration that begins at `address`."""
-        torch.cuda.cudart().cudaHostUnregister(address)
+        driver = graph_driver()
+        with contextlib.nullcontext() if driver is None else driver.relaxed():
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _Attributes(ctypes.Structure):

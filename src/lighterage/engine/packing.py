@@ -78,10 +78,11 @@ class Packer:
         transport = self.transports.get(device) or self._open_transport(device)
         mark = mark_of(key)
         reason = self._why_kept(tensor, section, key, transport, mark, nbytes)
+        capture = 0 if transport is None else transport.capture()
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
-            if allocation is not None and not allocation.shows(tensor):
+            if allocation is not None and not (allocation.capture == capture and allocation.shows(tensor)):
                 allocation = None
             if allocation is not None:
                 if reason is not None:
@@ -96,7 +97,7 @@ class Packer:
             watch = InPlaceWatch(tensor)
             spec = describe(tensor, lo, hi)
             if allocation is None or not allocation.takes(lo, hi):
-                allocation = Allocation(transport, storage, watch, row, spec)
+                allocation = Allocation(transport, storage, watch, row, spec, capture)
                 self._allocations[key] = weakref.ref(allocation)
             section.enter(allocation)
             allocation.saved_at.append((section.name, row.saves, nbytes))
@@ -172,6 +173,10 @@ class Packer:
         """Open the lanes of the devices that the modules are on, so that host memory is made ready meanwhile."""
         for device in self._residents.accelerators:
             self._open_transport(device)
+
+    def capture(self) -> int:
+        """The graph that is captured on the calling thread's stream, or 0."""
+        return max((t.capture() for t in self.transports.values() if t is not None), default=0)
 
     def forget_dead(self) -> None:
         """Drop the entries of allocations that are gone."""

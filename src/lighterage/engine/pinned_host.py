@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ..errors import OffloadError
 from .accelerator import Accelerator, copy_in, copy_out
 from .arena import Arena, Block
+from .captures import Tenure
 from .cuda import copy_batches
 from .lanes import FINISHED, Fence, Resting, Source
 from .streams import await_on
@@ -15,6 +17,7 @@ from .views import as_bytes, byte_view
 
 # Ranges that share a block start on multiples of this many bytes.
 _ROOM = 512
+_NO_GRAPHS = "a graph is captured, and this driver (before 12.3, or none of NVIDIA's) does not say when it is destroyed"
 # What comes back together shares one fence up to so many bytes: a first use never waits for much that it does not need.
 FENCE_BYTES = 4 << 20
 
@@ -32,7 +35,10 @@ class _Shared:
         self._users = [None] * num_users
         self._fences: set[Fence] = set()
 
-    def retire(self, fences: Iterable[Fence]) -> None:
+    def hold(self) -> None:
+        self._users.append(None)
+
+    def retire(self, fences: Iterable[Fence] = ()) -> None:
         # Called from finalizers in any thread: each operation is atomic, and the last pop tells the last user.
         self._fences.update(fences)
         self._users.pop()
@@ -97,14 +103,36 @@ class HostTransport(Accelerator):
         super().__init__(device, before_copies)
         self._arena = arena
         self._batches = copy_batches(device)
+        self._no_graphs: str | None = None
 
     @property
     def refusal(self) -> str | None:
-        return self._arena.refusal
+        return self._no_graphs or self._arena.refusal
+
+    def _tenure(self) -> Tenure | None:
+        """What belongs to the graph that is captured now, if one is.
+
+        Raises:
+            OffloadError: the driver does not say when that graph is destroyed.
+        """
+        if not self._streams.capturing():
+            return None
+        capture = self._streams.capture()
+        tenure = None if capture is None else capture.tenure()
+        if tenure is None:
+            raise OffloadError(_NO_GRAPHS)
+        self._arena.lend(tenure)
+        return tenure
 
     # --- out ------------------------------------------------------------------------------------------------------
 
     def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+        try:
+            tenure = self._tenure()
+        except OffloadError as error:
+            self._no_graphs = str(error)
+            return [None] * len(sources)
+        self._no_graphs = None
         placed = self._place([hi - lo for _, lo, hi in sources])
         work = [(one, source) for one, source in zip(placed, sources, strict=True) if one is not None]
         if work:
@@ -120,6 +148,8 @@ class HostTransport(Accelerator):
                 left = streams.fence(lane)
             for shared in rooms:
                 shared.left = left
+                if tenure is not None:
+                    tenure.hold(shared)
         return list(placed)
 
     def _place(self, sizes: Sequence[int]) -> list[_RestedInHost | None]:
@@ -158,6 +188,10 @@ class HostTransport(Accelerator):
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         streams = self._streams
         lane, current = streams.inbound, streams.current()
+        tenure = self._tenure()
+        if tenure is not None:
+            for resting, _ in (one for batch in batches for one in batch):
+                tenure.hold(resting.shared)  # type: ignore[attr-defined]
         streams.after(current, lane)
         fences: list[Fence] = []
         gathered: list[tuple[_RestedInHost, torch.Tensor]] = []

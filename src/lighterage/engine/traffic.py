@@ -119,6 +119,8 @@ class Traffic:
                 self._stays(allocation, "mark_not_offload")
             elif not allocation.unchanged:
                 self._stays(allocation, "changed in place after it was saved")
+            elif allocation.capture != transport.capture():
+                self._stays(allocation, "the capture of a graph began or ended before it was copied out")
             else:
                 chosen.append(allocation)
         if not chosen:
@@ -261,10 +263,13 @@ class Traffic:
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
         with self._lock:
+            if allocation.stage is Stage.BACK and allocation.back_in != allocation.transport.capture():
+                allocation.leave_again()
             if allocation.stage is Stage.AWAY:
                 self._bring_back([allocation])
             elif allocation.stage is Stage.HELD:
                 allocation.wanted = True
+                allocation.join()
             if self._unused.use(id(allocation)) and self._queue:
                 self._pump()
         tensor, wait = allocation.use(spec)
