@@ -116,7 +116,7 @@ class Allocation:
         self.capture = capture
         """The graph in whose capture it was saved, or 0: see Note [Copies inside a capture]."""
         self.back_in = 0
-        """The graph in whose capture it came back, or 0."""
+        """Its `context` when it came back."""
         self._earlier: list[Fence] = []
         self.row = row
         """What its traffic is counted on: the row of the section that saved it first."""
@@ -262,8 +262,23 @@ class Allocation:
         if self.capture and self._left is not None:
             self._left.order()
 
+    def context(self) -> int:
+        """Where bytes that come back now are good: in this capture alone, or, if a capture saved it, in this backward.
+
+        0: everywhere outside of captures. Replays of a forward graph write its bytes anew between backward passes.
+        """
+        capture = self.transport.capture()
+        if capture or not self.capture:
+            return capture
+        return -2 - torch._C._current_graph_task_id()
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether it came back where its bytes were good, and that is not here."""
+        return self.stage is Stage.BACK and self.back_in != self.context()
+
     def leave_again(self) -> None:
-        """Forget the memory that it came back to in another capture: the bytes at rest are the right ones."""
+        """Forget the memory that it came back to elsewhere: the bytes at rest are the right ones."""
         assert self.stage is Stage.BACK
         for buffer in self.buffers:
             if buffer.fence is not FINISHED:
@@ -314,7 +329,7 @@ class Allocation:
         for buffer in self.buffers:
             buffer.fence = fence
         self.stage = Stage.BACK
-        self.back_in = self.transport.capture()
+        self.back_in = self.context()
         self._unused = unused
         unused.add(id(self), self.nbytes)
 

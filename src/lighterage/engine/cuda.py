@@ -55,8 +55,9 @@ class CopyBatches:
     Source: CUDA driver API, `cuMemcpyBatchAsync`, since CUDA 12.8.
     """
 
-    def __init__(self, call: ctypes._NamedFuncPointer, device_index: int) -> None:
+    def __init__(self, call: ctypes._NamedFuncPointer, single: ctypes._NamedFuncPointer, device_index: int) -> None:
         self._call = call
+        self._single = single
         self._device_index = device_index
         self._attributes = _Attributes(_IN_STREAM_ORDER)
         self._first = ctypes.c_size_t(0)
@@ -64,11 +65,17 @@ class CopyBatches:
     def copy(self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: int) -> bool:
         """Issue copies on the raw `stream`, each of `sizes[i]` bytes from address `sources[i]` to `destinations[i]`.
 
-        Returns False where this way is shut, and nothing was issued: inside a graph's capture, or while another device
-        is the current one.
+        Returns False where this way is shut, and nothing was issued: while another device is the current one. A graph
+        takes no batches, so in its capture the copies are issued one by one; `Tensor.copy_` would not know that memory
+        is pinned which PyTorch did not allocate.
         """
-        if torch._C._cuda_getDevice() != self._device_index or torch._C._cuda_isCurrentStreamCapturing():
+        if torch._C._cuda_getDevice() != self._device_index:
             return False
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return all(
+                not self._single(to, here, size, stream)
+                for to, here, size in zip(destinations, sources, sizes, strict=True)
+            )
         count = len(sizes)
         numbers = ctypes.c_uint64 * count
         failed = ctypes.c_size_t(0)
@@ -92,10 +99,12 @@ def copy_batches(device: torch.device) -> CopyBatches | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     try:
-        call = ctypes.CDLL("libcuda.so.1").cuMemcpyBatchAsync
+        driver = ctypes.CDLL("libcuda.so.1")
+        call, single = driver.cuMemcpyBatchAsync, driver.cuMemcpyAsync
     except (OSError, AttributeError):
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     call.argtypes = [pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer]
-    call.restype = ctypes.c_int
-    return CopyBatches(call, device.index)
+    single.argtypes = [pointer, pointer, size, pointer]
+    call.restype = single.restype = ctypes.c_int
+    return CopyBatches(call, single, device.index)

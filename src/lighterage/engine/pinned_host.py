@@ -62,10 +62,11 @@ class _RestedInHost:
         return self.shared.left
 
     @property
-    def address(self) -> int:
-        """Where the bytes are; asked for only where the block has an address."""
-        assert self.shared.address is not None
-        return self.shared.address + self._at
+    def pieces(self) -> list[tuple[int, int]]:
+        """Address and bytes of each registration's share, in order."""
+        if self.shared.address is not None:
+            return [(self.shared.address + self._at, self.nbytes)]
+        return [(part.data_ptr(), part.numel()) for part in self.parts]
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -136,21 +137,31 @@ class HostTransport(Accelerator):
         placed = self._place([hi - lo for _, lo, hi in sources])
         work = [(one, source) for one, source in zip(placed, sources, strict=True) if one is not None]
         if work:
-            streams = self._streams
-            lane, current = streams.outbound, streams.current()
-            streams.after(current, lane)
-            rooms = {one.shared: None for one, _ in work}
-            for shared in rooms:
-                for earlier in shared.block.fences:
-                    await_on(lane, earlier)
-            with streams.on(lane, current):
-                self._copy_out(work, lane, current)
-                left = streams.fence(lane)
-            for shared in rooms:
-                shared.left = left
-                if tenure is not None:
-                    tenure.hold(shared)
+            try:
+                self._start(work, tenure)
+            except BaseException:
+                for one, _ in work:
+                    one.retire()
+                raise
         return list(placed)
+
+    def _start(self, work: Sequence[tuple[_RestedInHost, Source]], tenure: Tenure | None) -> None:
+        streams = self._streams
+        lane, current = streams.outbound, streams.current()
+        streams.after(current, lane)
+        rooms = {one.shared: None for one, _ in work}
+        for shared in rooms:
+            for earlier in shared.block.fences:
+                await_on(lane, earlier)
+            if tenure is not None:
+                tenure.hold(shared)
+        with streams.on(lane, current):
+            try:
+                self._copy_out(work, lane, current)
+            finally:  # some may be under way where others failed
+                left = streams.fence(lane)
+                for shared in rooms:
+                    shared.left = left
 
     def _place(self, sizes: Sequence[int]) -> list[_RestedInHost | None]:
         """Room for ranges that leave together: one block if there is one, or one each."""
@@ -172,12 +183,15 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
-        if self._batches is not None and all(one.shared.address is not None for one, _ in work):
+        if self._batches is not None:
             to, here, sizes = [], [], []
-            for one, (storage, lo, hi) in work:
-                to.append(one.address)
-                here.append(storage.data_ptr() + lo)
-                sizes.append(hi - lo)
+            for one, (storage, lo, _) in work:
+                at = storage.data_ptr() + lo
+                for address, nbytes in one.pieces:
+                    to.append(address)
+                    here.append(at)
+                    sizes.append(nbytes)
+                    at += nbytes
             if self._batches.copy(to, here, sizes, self._streams.key()):
                 return
         for one, (storage, lo, hi) in work:
@@ -220,12 +234,15 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, data in work:
                 self._claim(data, lane, current)
-        if self._batches is not None and all(one.shared.address is not None for one, _ in work):
+        if self._batches is not None:
             to, there, sizes = [], [], []
             for one, data in work:
-                to.append(data.data_ptr())
-                there.append(one.address)
-                sizes.append(one.nbytes)
+                at = data.data_ptr()
+                for address, nbytes in one.pieces:
+                    to.append(at)
+                    there.append(address)
+                    sizes.append(nbytes)
+                    at += nbytes
             if self._batches.copy(to, there, sizes, self._streams.key()):
                 return
         for one, data in work:

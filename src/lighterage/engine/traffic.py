@@ -263,7 +263,7 @@ class Traffic:
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
         with self._lock:
-            if allocation.stage is Stage.BACK and allocation.back_in != allocation.transport.capture():
+            if allocation.elsewhere:
                 allocation.leave_again()
             if allocation.stage is Stage.AWAY:
                 self._bring_back([allocation])
