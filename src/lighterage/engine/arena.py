@@ -45,10 +45,6 @@ _MAP_NORESERVE = 0x4000
 # must not cross from one registration into the next: the parts of a block are split where segments meet.
 
 
-# Note [An arena outlives its owner while graphs use it]
-# A graph reads and writes its blocks at each replay, whether or not somebody still holds the offloader. The driver,
-# which alone knows when a graph is gone, holds no Python object: so those arenas are held here.
-_LENT: set[Arena] = set()
 _GRAPHS_AGAIN_S = 0.02
 """For so long graphs are not asked again whether they are gone."""
 
@@ -105,8 +101,6 @@ class Arena:
             self._limit -= self._limit % _PAGE
         self._tenures: list[Tenure] = []  # of graphs that use blocks of this arena
         self._look_at_tenures_at = 0.0
-        for lent in list(_LENT):
-            lent.take_back()
 
     def prepare(self) -> None:
         """Commit memory in the background, ahead of growths, until `settle`. Nothing of it is pinned or counted yet.
@@ -173,13 +167,10 @@ class Arena:
         """Note that a graph uses blocks: they stay pinned until it is gone, whatever becomes of this arena's owner."""
         if tenure not in self._tenures:
             self._tenures.append(tenure)
-            _LENT.add(self)
 
     def take_back(self) -> None:
         """Take back the blocks of graphs that are gone."""
         self._tenures = [tenure for tenure in self._tenures if not tenure.end_if_over()]
-        if not self._tenures:
-            _LENT.discard(self)
 
     @property
     def bytes_in_use(self) -> int:
@@ -212,6 +203,7 @@ class Arena:
         self._closed = True
         self.take_back()
         if self._tenures:
+            # The thread holds this arena, also where nobody else does any more.
             threading.Thread(target=self._outlive_graphs, name="lighterage-graphs", daemon=True).start()
         else:
             self._let_go()
