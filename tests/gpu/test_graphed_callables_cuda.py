@@ -294,6 +294,14 @@ def test_unused_inputs_are_an_error_unless_allowed() -> None:
     assert x.grad is not None and y.grad is None
 
 
+def test_a_parameter_that_a_function_closes_over_is_refused() -> None:
+    layer = nn.Linear(WIDTH, 4).cuda()
+    with pytest.raises(ValueError, match=r"uses a tensor \(4, 512\).*make an nn.Module"):
+        make_graphed_callables(lambda x: layer(x).relu(), (batch().requires_grad_(),))
+    layer.requires_grad_(False)
+    make_graphed_callables(lambda x: layer(x).relu(), (batch().requires_grad_(),))
+
+
 def test_eval_and_no_grad_run_without_graphs() -> None:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.9)).cuda()
     make_graphed_callables(model, (batch(),))

@@ -167,3 +167,25 @@ def test_a_copy_has_no_graphs_and_a_pickle_is_refused() -> None:
     assert torch.equal(module(values(3, 4)), torch.tensor([6.0, 12.0]))
     with pytest.raises(TypeError, match=r"forward\.reset\(\)"):
         pickle.dumps(module)
+
+
+def test_a_tensor_that_would_get_no_gradient_is_refused() -> None:
+    hidden = torch.ones(2, requires_grad=True)
+    recording = _recording_of(lambda x: x * hidden)
+    with pytest.raises(ValueError, match=r"uses a tensor \(2,\) torch.float32.*make an nn.Module"):
+        recording._check_leaves()
+    _recording_of(lambda x: (x * hidden.detach()).exp() * x)._check_leaves()
+
+
+def _recording_of(function: Callable[[Tensor], Tensor]) -> Recording:
+    x = torch.zeros(2, requires_grad=True)
+    recording = Recording(
+        name="function",
+        function=function,
+        arguments=[x],
+        arguments_spec=pytree.tree_flatten((x,))[1],
+        parameters=(),
+        training=None,
+    )
+    recording.outputs = recording.run()
+    return recording

@@ -35,8 +35,8 @@ def make_graphed_callables(
     they use belongs to them until they are destroyed. Each backward graph reads what its own forward graph wrote.
 
     Args:
-        modules: an nn.Module or a function of tensors, or a tuple of them in the order in which they run. Modules are
-            changed in place: their `forward` becomes a `Graphed`. Graphs that they had are destroyed first.
+        modules: an nn.Module, or a function of its arguments alone, or a tuple of them in the order in which they run.
+            Modules are changed in place: their `forward` becomes a `Graphed`. Graphs that they had are destroyed first.
         sample_args: a tuple of positional arguments, tensors in any nesting; for a tuple of callables one such tuple
             for each. They are copied. Each argument must need a gradient or not as in use.
         num_warmup_iters: passes, forward and backward, before capture: kernels are compiled and chosen in them, and

@@ -109,7 +109,26 @@ class Recording:
         graph = torch.cuda.CUDAGraph()
         with capturing(graph, pool, stream) as events:
             self.outputs = self.run()
+        self._check_leaves()
         self.forward, self.forward_events = graph, frozenset(events)
+
+    def _check_leaves(self) -> None:
+        """Refuse what would silently get no gradient."""
+        known = {id(x) for x in self.inputs}
+        nodes = [y.grad_fn for y in self.outputs if y.grad_fn is not None]
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise ValueError(
+                    f"{self.name} uses a tensor {tuple(leaf.shape)} {leaf.dtype} that needs a gradient and is neither "
+                    "an argument nor a parameter of the module: a graph would give it none. Pass it as an argument, "
+                    "or make an nn.Module that has it."
+                )
+            following = {child for child, _ in node.next_functions if child is not None} - seen
+            seen |= following
+            nodes.extend(following)
 
     def capture_backward(self, pool: Pool, stream: torch.cuda.Stream, allow_unused: bool) -> None:
         """Capture the backward pass on `stream`, if there is one. What the forward pass saved is then given up."""

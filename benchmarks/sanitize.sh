@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# compute-sanitizer over a small part of the GPU tests: memcheck over the engine and the kernels, racecheck over the
+# kernels (it sees shared memory only). Prints each tool's last lines; fails if one found something.
+#
+#     benchmarks/sanitize.sh [folder for the logs]
+set -u
+cd "$(dirname "$0")/.."
+out=${1:-sanitize-out}
+python=${PYTHON:-python3}
+mkdir -p "$out"
+# PyTorch's caching allocator would hide what lies outside of a tensor but inside its segment.
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
+found=0
+
+check() { # name, tool, tests
+    local name=$1 tool=$2
+    shift 2
+    timeout "${SANITIZE_TIMEOUT:-600}" compute-sanitizer --tool "$tool" --error-exitcode 86 --target-processes all \
+        "$python" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin -q --timeout 600 -p no:cacheprovider "$@" \
+        > "$out/$name.txt" 2>&1
+    local code=$?
+    echo "== $name ($tool): exit $code"
+    grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$name.txt" | tail -4
+    [ "$code" -eq 0 ] || found=1
+}
+
+kernels=(
+    tests/kernels/test_triton_fp8_block.py::test_ragged_and_empty_splits_equal_the_reference
+    tests/kernels/test_triton_fp8_block.py::test_one_direction_alone_equals_the_reference
+    tests/kernels/test_triton_swiglu.py::test_the_backward_is_that_of_autograd
+    tests/kernels/test_triton_permute.py::test_copies_are_placed_as_by_a_stable_sort
+    tests/kernels/test_grouped_gemm_gpu.py::test_rows_of_no_expert_are_zeros_and_the_bias_is_added
+    tests/kernels/test_grouped_gemm_gpu.py::test_scales_that_are_powers_of_two_may_be_multiplied_first
+)
+check engine memcheck \
+    tests/gpu/test_cuda_laws.py::test_gradients_are_bitwise_equal_and_bytes_move \
+    tests/gpu/test_cuda_laws.py::test_several_backwards_and_threads \
+    tests/gpu/test_graph_driver_cuda.py
+check kernels memcheck "${kernels[@]}"
+check kernels-race racecheck "${kernels[@]}"
+exit $found
