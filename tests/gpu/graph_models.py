@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,19 @@ class CapturedStep:
         self.x.copy_(x)
         self.graph.replay()
         return [self.loss.clone(), *(grad.clone() for grad in self.grads)]
+
+
+@contextlib.contextmanager
+def captured_raw(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+    """Capture on the current stream without waiting for the device before; over however the block ends."""
+    graph.capture_begin()
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+        raise
+    graph.capture_end()
 
 
 def eventually(check: Callable[[], bool], seconds: float = 5.0) -> bool:

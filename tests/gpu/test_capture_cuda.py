@@ -24,6 +24,7 @@ from tests.gpu.graph_models import (
     CapturedStep,
     assert_equal,
     batch,
+    captured_raw,
     eventually,
     make,
     step,
@@ -285,10 +286,9 @@ def test_blocks_with_copies_under_way_are_waited_for_before_a_capture_uses_them(
             hold[0] = 0
             model.zero_grad(set_to_none=True)
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            loss = model(x)
-            loss.backward()
-            graph.capture_end()
+            with captured_raw(graph):
+                loss = model(x)
+                loss.backward()
             graph.replay()
             got = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
             assert_equal(got, step(twin, batch(1)))

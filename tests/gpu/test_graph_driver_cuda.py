@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lighterage.engine.cuda import CudaPinner, copy_batches
 from lighterage.engine.graph_driver import Deed, GraphDriver, graph_driver
+from tests.gpu.graph_models import captured_raw
 
 pytestmark = pytest.mark.gpu
 
@@ -70,15 +71,15 @@ def test_a_lane_that_rejoined_leaves_its_copies_as_leaves_that_a_replay_waits_fo
 def test_events_and_registrations_of_outside_are_no_business_of_a_capture(driver: GraphDriver) -> None:
     memory = torch.empty(1 << 20, dtype=torch.uint8)
     page = -memory.data_ptr() % 4096
-    side = torch.cuda.Stream()
+    graph, stream, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.Stream()
+    x = torch.ones(4, device="cuda") * 2
+    x.fill_(1)
+    torch.cuda._sleep(1)  # loading a kernel for the first time may wait for the device
+    torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(10 * LONG)
         event = side.record_event()
-    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    x = torch.ones(4, device="cuda")
-    torch.cuda.current_stream().synchronize()
-    with torch.cuda.stream(stream):
-        graph.capture_begin()
+    with torch.cuda.stream(stream), captured_raw(graph):
         y = x * 2
         with driver.relaxed():
             assert not event.query()
@@ -86,7 +87,6 @@ def test_events_and_registrations_of_outside_are_no_business_of_a_capture(driver
             assert event.query()
         CudaPinner().pin(memory.data_ptr() + page, 64 << 10)
         y = y * 2
-        graph.capture_end()
     graph.replay()
     assert y.tolist() == [4, 4, 4, 4]
     CudaPinner().unpin(memory.data_ptr() + page)
