@@ -2,10 +2,12 @@
 # compute-sanitizer over a small part of the GPU tests: memcheck over the engine and the kernels, racecheck over the
 # kernels (it sees shared memory only). Prints each tool's last lines; fails if one found something.
 #
-#     benchmarks/sanitize.sh [folder for the logs]
+#     benchmarks/sanitize.sh [folder for the logs [engine] [kernels] [kernels-race]]
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-sanitize-out}
+[ $# -eq 0 ] || shift
+chosen=${*:-engine kernels kernels-race}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 # PyTorch's caching allocator would hide what lies outside of a tensor but inside its segment.
@@ -15,6 +17,7 @@ found=0
 check() { # name, tool, tests
     local name=$1 tool=$2
     shift 2
+    [[ " $chosen " == *" $name "* ]] || return 0
     timeout "${SANITIZE_TIMEOUT:-600}" compute-sanitizer --tool "$tool" --error-exitcode 86 --target-processes all \
         "$python" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin -q --timeout 600 -p no:cacheprovider "$@" \
         > "$out/$name.txt" 2>&1
