@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from benchmarks.decoder_cases import spread
 from benchmarks.decoder_model import build, inputs, twin
 from benchmarks.decoder_modes import parse_policy
 from benchmarks.environment import Environment, capture
-from benchmarks.shapes import LLAMA_8B_X8, NARROW_MOE, ExpertsShape
+from benchmarks.shapes import LLAMA_8B_X8, NARROW_DECODER, NARROW_MOE, ExpertsShape
 from lighterage.nn import MoE, TransformerBlock
 from lighterage.recipes import Float8BlockScaling
 
@@ -67,9 +67,6 @@ class Step:
         else:
             self.graph.replay()
 
-    def results(self) -> list[Tensor]:
-        return [self.loss.clone(), *(p.grad.clone() for p in self.model.parameters() if p.grad is not None)]
-
 
 def milliseconds(run: Callable[[], object]) -> float:
     """One run, on the device's clock."""
@@ -93,12 +90,11 @@ def by_turns(steps: dict[str, Callable[[], object]], rounds: int) -> dict[str, R
     return {name: spread(values) for name, values in found.items()}
 
 
-def decoder(rounds: int) -> list[Row]:
+def decoder(rounds: int) -> Iterator[Row]:
     """The decoder of eight Llama-8B layers under each policy: eager, and one graph."""
     device = torch.device("cuda")
     model = build(LLAMA_8B_X8, device)
     args = inputs(LLAMA_8B_X8, device)
-    rows = []
     for policy in POLICIES:
         eager, graphed = twin(model), twin(model)
         with (
@@ -108,27 +104,16 @@ def decoder(rounds: int) -> list[Row]:
             one = Step(eager, args, graph=False)
             for _ in range(2):
                 one()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_reserved()
             other = Step(graphed, args, graph=True)
             stats = offloader.stats()
             found = by_turns({"eager": one, "graph": other}, rounds)
             one()
             other()
-            rows.append(
-                {
-                    "policy": policy,
-                    **found,
-                    "bytes_out": stats.bytes_out,
-                    "bytes_in": stats.bytes_in,
-                    "loss_equal": bool(torch.equal(one.loss, other.loss)),
-                    "reserved_for_graph": torch.cuda.memory_reserved() - before,
-                }
-            )
+            equal = bool(torch.equal(one.loss, other.loss))
+        yield {"policy": policy, **found, "bytes_out": stats.bytes_out, "bytes_in": stats.bytes_in, "loss_equal": equal}
         del one, other, eager, graphed
         model.zero_grad(set_to_none=True)
         torch.cuda.empty_cache()
-    return rows
 
 
 class Narrow(nn.Module):
@@ -159,7 +144,7 @@ def narrow_model(shape: ExpertsShape) -> tuple[Narrow, Tensor]:
     return model, torch.randn(1, shape.rows // 2, shape.hidden, device="cuda", dtype=torch.bfloat16)
 
 
-def narrow(rounds: int) -> list[Row]:
+def narrow(rounds: int) -> Iterator[Row]:
     """A model that waits for its host: eager, one graph, and forward and backward graphs apart."""
     steps: dict[str, Callable[[], object]] = {}
     offloaders = []
@@ -174,7 +159,7 @@ def narrow(rounds: int) -> list[Row]:
     found = by_turns(steps, 4 * rounds)
     for offloader in offloaders:
         offloader.close()
-    return [{"shape": dataclasses.asdict(NARROW_MOE), **found, "bytes_in": moved}]
+    yield {"shape": dataclasses.asdict(NARROW_MOE), **found, "bytes_in": moved}
 
 
 class Early(nn.Module):
@@ -184,10 +169,10 @@ class Early(nn.Module):
         super().__init__()
         self.model, self.event = model, event
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, probe: Tensor) -> Tensor:
         x = x + 0
         self.event.record()
-        return self.model(x)
+        return self.model(x, probe)
 
 
 class Beside:
@@ -201,9 +186,12 @@ class Beside:
         from benchmarks.graphs_filler import fill  # needs Triton
 
         self.early = way == EARLY
-        model, self.x = narrow_model(NARROW_MOE)
+        device = torch.device("cuda")
+        model = build(NARROW_DECODER, device)
+        self.args = inputs(NARROW_DECODER, device)
+        self.offloader = lighterage.offload(model.layers, keep_last=2)
         self.event = torch.cuda.Event(external=True)
-        self.graphed = lighterage.make_graphed_callables(Early(model, self.event) if self.early else model, (self.x,))
+        self.graphed = lighterage.make_graphed_callables(Early(model, self.event) if self.early else model, self.args)
         self.side, self.third = torch.cuda.Stream(), torch.cuda.Stream()
         self.main = torch.cuda.current_stream()
         self.num_programs = torch.cuda.get_device_properties(0).multi_processor_count // 2
@@ -214,8 +202,7 @@ class Beside:
         caller = self.main if self.early else self.third
         caller.wait_stream(self.main)
         with torch.cuda.stream(caller):
-            for _ in range(8):
-                self.graphed(self.x, cuda_graph_stream=self.side, cuda_graph_event=self.event)
+            self.graphed(*self.args, cuda_graph_stream=self.side, cuda_graph_event=self.event)
 
     def replays(self) -> None:
         self.start()
@@ -238,18 +225,18 @@ class Beside:
 
 
 EARLY = "an external event, recorded inside the graph"
-WAYS = ("the replays are called from a third stream", EARLY)
+WAYS = ("the replay is called from a third stream", EARLY)
 
 
-def overlap(rounds: int) -> list[Row]:
-    """Replays beside an independent kernel, for both ways in which the main stream stays free."""
-    rows = []
+def overlap(rounds: int) -> Iterator[Row]:
+    """A replay beside an independent kernel, for both ways in which the main stream stays free."""
     for way in WAYS:
         beside = Beside(way)
         beside.calibrate()
-        found = by_turns({"replays": beside.replays, "kernel": beside.kernel, "both": beside.both}, 2 * rounds)
-        rows.append({"way": way, "num_programs": beside.num_programs, **found})
-    return rows
+        found = by_turns({"replay": beside.replays, "kernel": beside.kernel, "both": beside.both}, 2 * rounds)
+        moved = beside.offloader.stats(total=True).bytes_out
+        yield {"way": way, "num_programs": beside.num_programs, **found, "bytes_out": moved}
+        beside.offloader.close()
 
 
 def to_markdown(results: Row, environment: Environment) -> str:
@@ -288,15 +275,17 @@ def to_markdown(results: Row, environment: Environment) -> str:
         lines.append("")
     if "overlap" in results:
         lines += [
-            "## Replays on a side stream beside a kernel of the main stream",
+            "## A replay on a side stream beside a kernel of the main stream",
             "",
-            "| how the main stream stays free | replays ms | kernel ms | programs | both ms | both / sum | to reach |",
+            f"{NARROW_DECODER.name}, H {NARROW_DECODER.hidden}, {NARROW_DECODER.seq} tokens, forward, with offload.",
+            "",
+            "| how the main stream stays free | replay ms | kernel ms | programs | both ms | both / sum | to reach |",
             "| --- | --- | --- | --- | --- | --- | --- |",
         ]
         for row in results["overlap"]:
-            ratio = row["both"]["median"] / (row["replays"]["median"] + row["kernel"]["median"])
+            ratio = row["both"]["median"] / (row["replay"]["median"] + row["kernel"]["median"])
             lines.append(
-                f"| {row['way']} | {_ms(row['replays'])} | {_ms(row['kernel'])} | {row['num_programs']} | "
+                f"| {row['way']} | {_ms(row['replay'])} | {_ms(row['kernel'])} | {row['num_programs']} | "
                 f"{_ms(row['both'])} | {ratio:.2f} | {_verdict(ratio <= 0.75, '≤ 0.75')} |"
             )
         lines.append("")
@@ -327,14 +316,15 @@ def main(argv: list[str] | None = None) -> int:
     for name, measure in measures.items():
         if name in args.cases:
             start = time.perf_counter()
-            results[name] = measure(args.rounds)
-            torch.cuda.empty_cache()
+            results[name] = []
+            for row in measure(args.rounds):
+                results[name].append(row)
+                if args.out is not None:  # after each row: what was measured is not lost if another fails
+                    args.out.mkdir(parents=True, exist_ok=True)
+                    (args.out / "graphs.md").write_text(to_markdown(results, environment) + "\n")
+                    (args.out / "graphs.json").write_text(json.dumps(results, indent=1) + "\n")
+                torch.cuda.empty_cache()
             print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr)
-            text = to_markdown(results, environment)
-            if args.out is not None:  # after each case: what was measured is not lost if another fails
-                args.out.mkdir(parents=True, exist_ok=True)
-                (args.out / "graphs.md").write_text(text + "\n")
-                (args.out / "graphs.json").write_text(json.dumps(results, indent=1) + "\n")
     print(to_markdown(results, environment))
     return 0
 

@@ -20,7 +20,7 @@ _OUT: dict[int, torch.Tensor] = {}
 
 
 def fill(num_loops: int, num_programs: int) -> None:
-    """Run on the current stream: `num_programs` programs of 1024 threads, at most one multiprocessor each."""
+    """Run on the current stream: `num_programs` programs, so at most as many multiprocessors are in use."""
     if num_programs not in _OUT:
-        _OUT[num_programs] = torch.empty(num_programs * 4096, device="cuda")
-    _fill_kernel[(num_programs,)](_OUT[num_programs], num_loops, BLOCK=4096, num_warps=32)
+        _OUT[num_programs] = torch.empty(num_programs * 1024, device="cuda")
+    _fill_kernel[(num_programs,)](_OUT[num_programs], num_loops, BLOCK=1024, num_warps=8)

@@ -2,12 +2,12 @@
 # compute-sanitizer over a small part of the GPU tests: memcheck over the engine and the kernels, racecheck over the
 # kernels (it sees shared memory only). Prints each tool's last lines; fails if one found something.
 #
-#     benchmarks/sanitize.sh [folder for the logs [engine] [kernels] [kernels-race]]
+#     benchmarks/sanitize.sh [folder for the logs [engine] [kernels] [kernels-race] [products] [products-race]]
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-sanitize-out}
 [ $# -eq 0 ] || shift
-chosen=${*:-engine kernels kernels-race}
+chosen=${*:-engine kernels kernels-race products products-race}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 # PyTorch's caching allocator would hide what lies outside of a tensor but inside its segment.
@@ -28,17 +28,21 @@ check() { # name, tool, tests
 }
 
 kernels=(
-    tests/kernels/test_triton_fp8_block.py::test_ragged_and_empty_splits_equal_the_reference
-    tests/kernels/test_triton_fp8_block.py::test_one_direction_alone_equals_the_reference
-    tests/kernels/test_triton_swiglu.py::test_the_backward_is_that_of_autograd
-    tests/kernels/test_triton_permute.py::test_copies_are_placed_as_by_a_stable_sort
-    tests/kernels/test_grouped_gemm_gpu.py::test_rows_of_no_expert_are_zeros_and_the_bias_is_added
-    tests/kernels/test_grouped_gemm_gpu.py::test_scales_that_are_powers_of_two_may_be_multiplied_first
+    "tests/kernels/test_triton_fp8_block.py::test_ragged_and_empty_splits_equal_the_reference"
+    "tests/kernels/test_triton_fp8_block.py::test_one_direction_alone_equals_the_reference"
+    "tests/kernels/test_triton_swiglu.py::test_the_backward_is_that_of_autograd"
+    "tests/kernels/test_triton_permute.py::test_copies_are_placed_as_by_a_stable_sort"
 )
+products=( # minutes: a product's threads are many
+    "tests/kernels/test_grouped_gemm_gpu.py::test_rows_of_no_expert_are_zeros_and_the_bias_is_added"
+)
+# No captures: an allocator that does not cache has nothing to give to a graph.
 check engine memcheck \
-    tests/gpu/test_cuda_laws.py::test_gradients_are_bitwise_equal_and_bytes_move \
     tests/gpu/test_cuda_laws.py::test_several_backwards_and_threads \
-    tests/gpu/test_graph_driver_cuda.py
+    tests/gpu/test_cuda_laws.py::test_reloaded_tensors_keep_their_address_modulo_512 \
+    tests/gpu/test_engine_cuda.py::test_what_is_written_between_saved_ranges_is_not_lost
 check kernels memcheck "${kernels[@]}"
 check kernels-race racecheck "${kernels[@]}"
+check products memcheck "${products[@]}"
+check products-race racecheck "${products[@]}"
 exit $found

@@ -30,6 +30,11 @@ HOST_BOUND = DecoderShape(
 )
 """The same layer, so narrow that an accelerator waits for the host: what the host adds is then what is seen."""
 
+NARROW_DECODER = DecoderShape(
+    name="16 narrow layers", layers=16, hidden=1024, ffn=3584, heads=8, kv_heads=2, head_dim=128, seq=512
+)
+"""The same layer at a quarter of the width and a short sequence: its kernels leave multiprocessors free."""
+
 TINY = DecoderShape(
     name="4 tiny layers", layers=4, hidden=64, ffn=192, heads=4, kv_heads=2, head_dim=16, seq=256, batch=2
 )
