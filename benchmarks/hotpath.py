@@ -41,11 +41,10 @@ from lighterage.engine import (
     pinned_host,
     streams,
     traffic,
-    views,
 )
 
 SAVES = 24
-PARTS: list[tuple[type, str, str]] = [
+PARTS: list[tuple[object, str, str]] = [
     (offloader.Offloader, "_open_section", "section: open"),
     (offloader.Offloader, "close_section", "section: close"),
     (packing.Packer, "pack", "pack"),
@@ -70,7 +69,8 @@ PARTS: list[tuple[type, str, str]] = [
     (allocation.Allocation, "copied", "allocation: copied"),
     (allocation.Allocation, "use", "allocation: use"),
     (allocation.Allocation, "__del__", "allocation: end"),
-    (views.InPlaceWatch, "__init__", "watch"),
+    (packing, "emptied_alias", "watch"),
+    (packing, "describe", "view spec"),
 ]
 
 
@@ -132,7 +132,7 @@ class Meter:
         return cost
 
     @contextlib.contextmanager
-    def on(self, parts: list[tuple[type, str, str]]) -> Iterator[None]:
+    def on(self, parts: list[tuple[object, str, str]]) -> Iterator[None]:
         """Time `parts` in everything that is made inside this context."""
         found = [(owner, name, label) for owner, name, label in parts if name in vars(owner)]
         originals = [vars(owner)[name] for owner, name, _ in found]

@@ -48,6 +48,11 @@ def mark_of(storage_id: int) -> Mark | None:
     return _MARKS.get(storage_id)
 
 
+def any_marks() -> bool:
+    """Whether any storage may be marked; where none is, there is no need to ask for each."""
+    return bool(_MARKS._by_storage)
+
+
 def _storages(tensor: torch.Tensor) -> Iterator[torch.UntypedStorage]:
     if hasattr(tensor, "__tensor_flatten__"):
         names, _ = tensor.__tensor_flatten__()

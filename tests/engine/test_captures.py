@@ -130,31 +130,31 @@ def test_a_fence_is_finished_for_everybody_else(elsewhere: dict[int, int]) -> No
     assert streams.lane.waited == lane.waited == []
 
 
-def shared_block(arena: Arena, num_users: int = 1) -> _Shared:
+def shared_block(arena: Arena) -> _Shared:
     block = arena.acquire(MIB)
     assert block is not None
-    return _Shared(block, num_users)
+    return _Shared(block)
 
 
 def test_a_block_is_its_graph_s_until_the_graph_is_gone() -> None:
     arena, deeds = Arena(pinner=None, budget=None, capacity=64 * MIB), [Deed(), Deed()]
     tenures = [Tenure(deed) for deed in deeds]
-    room = shared_block(arena, num_users=2)
+    room = shared_block(arena)
+    offset = room.block.offset
     for tenure in tenures:
         arena.lend(tenure)
         tenure.hold(room)
         tenure.hold(room)  # counts once
-    room.retire()
-    room.retire()
+    del room
     assert arena.bytes_in_use == MIB
     deeds[1].event.set()
     assert arena.bytes_in_use == MIB
     other = arena.acquire(MIB)
-    assert other is not None and other.offset != room.block.offset
+    assert other is not None and other.offset != offset
     deeds[0].event.set()
     assert arena.bytes_in_use == MIB
     again = arena.acquire(MIB)
-    assert again is not None and again.offset == room.block.offset
+    assert again is not None and again.offset == offset
 
 
 def test_a_graph_that_goes_first_leaves_the_block_to_its_handles() -> None:
@@ -164,7 +164,7 @@ def test_a_graph_that_goes_first_leaves_the_block_to_its_handles() -> None:
     tenure.hold(room)
     deed.event.set()
     assert arena.bytes_in_use == MIB
-    room.retire()
+    del room
     assert arena.bytes_in_use == 0
 
 
@@ -186,7 +186,6 @@ def test_an_arena_stays_pinned_until_the_last_graph_is_gone(closed: bool) -> Non
     tenure, room = Tenure(deed), shared_block(arena)
     arena.lend(tenure)
     tenure.hold(room)
-    room.retire()
     if closed:
         arena.close()
         assert arena.acquire(MIB) is None and arena.bytes_reserved > 0
@@ -258,7 +257,7 @@ def test_the_bits_are_the_same_wherever_captures_begin_and_end(tier: str, monkey
                 assert all(torch.equal(a, b) for a, b in zip(got, wanted, strict=True))
             stats = offloader.stats(total=True)
             moved += stats.bytes_in
-            assert stats.host_bytes_in_use == 0
+            assert stats.host_bytes_in_use == 0 and offloader._traffic._unused.nbytes == 0
     assert moved > 0
 
 

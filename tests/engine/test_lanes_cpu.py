@@ -338,6 +338,25 @@ def test_a_room_is_written_again_only_after_it_was_read(tier: str) -> None:
     transport.close()
 
 
+@pytest.mark.parametrize("tier", ["host", "disk"])
+def test_a_room_that_nobody_holds_any_more_is_written_again_only_after_it_was_read(tier: str) -> None:
+    delays = iter([0.0, 0.05] + [0.0] * 10)
+    stores = Stores(Policy(tier=tier, host_budget=4096), lambda: time.sleep(next(delays)))  # type: ignore[arg-type]
+    transport = stores.open(torch.device("cpu"))
+    assert transport is not None
+    old, new, back = (torch.full((4096,), value, dtype=torch.uint8) for value in (1, 2, 0))
+    first = transport.evict([(old.untyped_storage(), 0, 4096)])
+    assert first[0] is not None
+    (fence,) = transport.restore([[(first[0], back)]])
+    first.clear()
+    assert stores.bytes_in_use == 0, "what is being read holds a room that nobody wants"
+    second = transport.evict([(new.untyped_storage(), 0, 4096)])[0]
+    assert second is not None
+    second.left.wait()
+    assert fence.done() and bool((back == 1).all())
+    transport.close()
+
+
 def test_what_failed_on_its_way_out_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
     transport, tensor, back = transport_of("disk"), torch.ones(10, dtype=torch.uint8), torch.zeros(10).to(torch.uint8)
 

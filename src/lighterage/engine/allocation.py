@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import collections
 import enum
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import spans
-from .lanes import FINISHED, Fence, Resting, Source, Transport, Wait
+from .lanes import FINISHED, Fence, Resting, Transport, Wait
 from .ledger import Row
 from .spans import Span
-from .views import Ground, InPlaceWatch, ViewSpec, as_bytes, byte_view, changed_in_place
+from .views import ViewSpec, as_bytes, byte_view, changed_in_place, rebuild, share_counter
 
 # Ranges nearer than this to each other travel in one copy: the bytes between cost less than a second call.
 COPY_GAP = 4096
@@ -34,33 +35,41 @@ class Stage(enum.Enum):
     """The bytes are in new device memory, or on their way into it."""
 
 
+# Reading a member of an enum costs as much as calling a function; these are read several times a save.
+_HELD, _AWAY, _BACK = Stage.HELD, Stage.AWAY, Stage.BACK
+
 _Piece = tuple[int, int, Resting]
 """A range [lo, hi) that was copied out, and where it rests."""
 
 
 class _Buffer:
-    """Device memory that ranges were reloaded into. Byte 0 of the allocation lies at byte `shift` of it."""
+    """Device memory that ranges were reloaded into, or are held in. Byte 0 of the allocation lies at byte `shift`.
 
-    __slots__ = ("fence", "ground", "hi", "lo", "made_on", "shared_with", "shift")
+    All saved tensors are rebuilt over the one tensor `memory`, and count what is written to them together.
+    """
 
-    def __init__(self, lo: int, hi: int, ground: Ground, shift: int, made_on: int) -> None:
+    __slots__ = ("fence", "hi", "lo", "made_on", "memory", "shared_with", "shift", "spec", "version")
+
+    def __init__(self, lo: int, hi: int, memory: torch.Tensor, shift: int, spec: ViewSpec | None, made_on: int) -> None:
         self.lo = lo
         self.hi = hi
-        self.ground = ground
-        """What saved tensors are rebuilt over."""
+        self.memory = memory
         self.shift = shift
-        self.fence: Fence = FINISHED
+        self.spec = spec
+        """The view that `memory` is by itself, where it was allocated for one."""
         self.made_on = made_on
         """The stream whose pool the memory is from."""
+        self.fence: Fence = FINISHED
+        self.version = memory._version
         self.shared_with: set[int] | None = None
         """Other streams that the allocator knows to use it."""
 
     def bytes(self, lo: int, hi: int) -> torch.Tensor:
         """Bytes [lo, hi) of the allocation, as a contiguous tensor."""
-        memory = self.ground.memory
-        if lo + self.shift == 0 and hi - lo == memory.nbytes:
+        memory, shift = self.memory, self.shift
+        if lo + shift == 0 and hi - lo == memory.nbytes:
             return memory
-        return as_bytes(memory)[lo + self.shift : hi + self.shift]
+        return as_bytes(memory)[lo + shift : hi + shift]
 
 
 SavedAt = tuple[str, int, int]
@@ -76,16 +85,12 @@ class Allocation:
 
     __slots__ = (
         "__weakref__",
-        "_earlier",
         "_ground",
         "_left",
         "_left_from",
         "_pieces",
-        "_storage",
-        "_storage_ref",
-        "_unused",
-        "_watch",
         "address",
+        "alias",
         "back_in",
         "buffers",
         "capture",
@@ -99,7 +104,11 @@ class Allocation:
         "saved_at",
         "spec",
         "stage",
+        "storage",
+        "storage_ref",
         "transport",
+        "unused",
+        "version",
         "wanted",
     )
 
@@ -107,44 +116,54 @@ class Allocation:
         self,
         transport: Transport,
         storage: torch.UntypedStorage,
-        watch: InPlaceWatch,
+        key: int,
+        nbytes: int,
+        address: int,
+        alias: torch.Tensor,
+        version: int,
         row: Row,
         spec: ViewSpec,
         capture: int = 0,
     ) -> None:
+        """`key`, `nbytes` and `address` are the storage's, `alias` has its version counter, which shows `version`.
+
+        `spec` is the first view that is saved: its bytes are taken in.
+        """
         self.transport = transport
         self.capture = capture
         """The graph in whose capture it was saved, or 0: see Note [Copies inside a capture]."""
         self.back_in = 0
         """Its `context` when it came back."""
-        self._earlier: list[Fence] = []
         self.row = row
         """What its traffic is counted on: the row of the section that saved it first."""
-        self._storage: torch.UntypedStorage | None = storage
-        self._storage_ref: StorageWeakRef | None = None
-        self._watch = watch
-        self._pieces: list[_Piece] = []
-        self._ground: Ground | None = None
-        """What saved tensors that were asked for while it was held are rebuilt over."""
-        self._left: Fence | None = None
-        self._left_from: tuple[int, ...] = ()
-        self._unused: Unused | None = None
         self.spec = spec
         """The view that was saved first."""
-        self.stage = Stage.HELD
+        self.version = version
+        """The version of the contents that was saved."""
+        self.key = key
+        self.nbytes = nbytes
+        self.address = address
+        self.alias = alias
+        self.storage: torch.UntypedStorage | None = storage
+        self.stage = _HELD
         self.kept: str | None = None
         """Why it stays on the device after all, or None."""
         self.gathered = False
         """Whether it is in the queue of those whose copies start next."""
         self.wanted = False
         """Whether backward has already asked for it while it was held: then it is not worth releasing."""
-        self.covered: list[Span] = []
-        self.pending: list[Span] = []
-        self.buffers: list[_Buffer] = []
+        lo, hi = spec.lo, spec.hi
+        self.covered: Sequence[Span] = ((lo, hi),) if lo < hi else ()
+        self.pending: Sequence[Span] = self.covered
         self.saved_at: list[SavedAt] = []
-        self.key: int = storage._cdata
-        self.nbytes = storage.nbytes()
-        self.address = storage.data_ptr()
+        self.buffers: Sequence[_Buffer] = ()
+        self._pieces: Sequence[_Piece] = ()
+        self.storage_ref: StorageWeakRef | None = None
+        self._ground: _Buffer | None = None
+        """What saved tensors that were asked for while it was held are rebuilt over."""
+        self._left: Fence | None = None
+        self._left_from: Sequence[int] = ()
+        self.unused: Unused | None = None
 
     # --- saving -------------------------------------------------------------------------------------------------
 
@@ -153,55 +172,59 @@ class Allocation:
         """Shape and dtype of the tensor that was saved first, for people."""
         return f"{tuple(self.spec.size)} {str(self.spec.dtype).removeprefix('torch.')}"
 
-    @property
-    def version(self) -> int:
-        """The version of the contents that was saved."""
-        return self._watch.version
+    def sample(self, dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor of `dtype` on its device, for people to be told of both."""
+        return self.transport.allocate((0,), dtype)
 
     def shows(self, tensor: torch.Tensor) -> bool:
         """Whether `tensor`, which lives in the same storage, has the contents that were saved."""
-        return self.version == tensor._version and self.unchanged and self._watch.shared_with(tensor)
+        return tensor._version == self.version and self.unchanged and share_counter(self.alias, tensor)
 
     @property
     def unchanged(self) -> bool:
         """Whether nothing was written since the first save."""
-        return self._watch.now == self._watch.version
+        return self.alias._version == self.version
 
     def takes(self, lo: int, hi: int) -> bool:
         """Whether a further save of bytes [lo, hi), unchanged since the first, can belong to this object."""
-        return self.stage is not Stage.BACK or spans.covers(self.covered, (lo, hi))
+        return self.stage is not _BACK or spans.covers(self.covered, (lo, hi))
 
     def add(self, storage: torch.UntypedStorage, lo: int, hi: int) -> int:
-        """Take a saved range in; the number of its bytes that were not there yet. Those are to be copied."""
-        if lo == hi:
-            return 0
-        if not self.covered:
-            self.covered = [(lo, hi)]
-            self.pending = [(lo, hi)]
-            return hi - lo
-        fresh = spans.subtract((lo, hi), self.covered)
+        """Take a further saved range in; the number of its bytes that were not there yet. Those are to be copied."""
+        fresh = spans.subtract((lo, hi), self.covered) if lo < hi else []
         if not fresh:
             return 0
         self.covered = spans.merge([*self.covered, *fresh])
-        self.pending.extend(fresh)
-        if self._storage is None:
-            self._storage = storage
-            self.stage = Stage.HELD
+        self.pending = (*self.pending, *fresh)
+        if self.storage is None:
+            self.storage = storage
+            self.stage = _HELD
         return sum(b - a for a, b in fresh)
 
-    def sources(self) -> list[Source]:
+    def merge_pending(self) -> Sequence[Span]:
         """The ranges still to be copied, as few as possible."""
-        assert self._storage is not None
-        pending = self.pending if len(self.pending) == 1 else spans.merge(self.pending, COPY_GAP)
-        return [(self._storage, lo, hi) for lo, hi in pending]
+        self.pending = spans.merge(self.pending, COPY_GAP)
+        return self.pending
 
-    def copied(self, sources: Sequence[Source], resting: Sequence[Resting]) -> None:
-        """Record that copies of `sources` are under way into `resting`."""
-        stream = self.transport.stream_key()
+    def copied(self, resting: Sequence[Resting], stream: int) -> None:
+        """Record that copies of what is pending are under way into `resting`, after what was issued on `stream`."""
+        if self._left is None and len(resting) == 1:  # most often there is one copy of it, ever
+            ((lo, hi),) = self.pending
+            (rest,) = resting
+            self.pending = ()
+            self._pieces = ((lo, hi, rest),)
+            self._left = rest.left
+            self._left_from = (stream,)
+            return
         if stream not in self._left_from:
             self._left_from = (*self._left_from, stream)
-        for (_, lo, hi), rest in zip(sources, resting, strict=True):
-            self._pieces.append((lo, hi, rest))
+        pieces = tuple([(lo, hi, rest) for (lo, hi), rest in zip(self.pending, resting, strict=True)])
+        self.pending = ()
+        if not self._pieces:
+            self._pieces = pieces
+        else:
+            self._pieces = (*self._pieces, *pieces)
+        for rest in resting:
             left = rest.left
             if self._left is None:
                 self._left = left
@@ -210,23 +233,20 @@ class Allocation:
                     self._left.fences.append(left)
             elif self._left is not left:
                 self._left = _All(self._left, left)
-        self.pending.clear()
 
     # --- staying, leaving, coming back ----------------------------------------------------------------------------
 
     def keep(self, reason: str, storage: torch.UntypedStorage | None = None) -> None:
         """Stay on the device. `storage` is the memory, where it was let go of and somebody else still has it."""
-        if self.stage is Stage.BACK:
+        if self.stage is _BACK:
             return
-        if self._storage is None:
+        if self.storage is None:
             assert storage is not None
-            self._storage = storage
-        self.stage = Stage.HELD
+            self.storage = storage
+        self.stage = _HELD
         self.kept = reason
-        self.pending.clear()
-        for _, _, resting in self._pieces:
-            resting.retire()
-        self._pieces.clear()
+        self.pending = ()
+        self._pieces = ()
 
     @property
     def moved(self) -> bool:
@@ -236,26 +256,26 @@ class Allocation:
     @property
     def leaving(self) -> Fence | None:
         """After this the device memory may go. None: there is nothing to let go of, or not yet."""
-        if self.stage is Stage.HELD and self.kept is None and not self.pending and not self.wanted:
+        if self.stage is _HELD and self.kept is None and not self.pending and not self.wanted:
             return self._left
         return None
 
-    def let_go(self) -> int:
-        """Drop the device memory; the caller has ordered the current stream after `leaving`. Bytes of it."""
-        assert self._storage is not None
-        if self._left_from != (self.transport.stream_key(),):
+    def let_go(self, stream: int) -> None:
+        """Drop the device memory; the caller has ordered `stream`, the current one, after `leaving`."""
+        storage = self.storage
+        assert storage is not None
+        if self._left_from != (stream,):
             # The memory belongs to another stream's pool, which does not wait for the copies.
-            self.transport.share_with_lanes(self._storage)
-        if self._storage_ref is None:
-            self._storage_ref = StorageWeakRef(self._storage)
-        self._storage = self._ground = None
-        self.stage = Stage.AWAY
-        return self.nbytes
+            self.transport.share_with_lanes(storage)
+        self.storage = self._ground = None
+        if self.storage_ref is None and _somebody_else_holds(storage):
+            self.storage_ref = StorageWeakRef(storage)
+        self.stage = _AWAY
 
     @property
     def still_alive(self) -> bool:
         """Whether somebody else holds the device memory that was let go of."""
-        return self.stage is Stage.AWAY and self._storage_ref is not None and not self._storage_ref.expired()
+        return self.stage is _AWAY and self.storage_ref is not None and not self.storage_ref.expired()
 
     def join(self) -> None:
         """Let what comes next in a capture wait for copies out of memory that was not let go of, and now is used up."""
@@ -272,66 +292,63 @@ class Allocation:
             return capture
         return -2 - torch._C._current_graph_task_id()
 
-    @property
-    def elsewhere(self) -> bool:
-        """Whether it came back where its bytes were good, and that is not here."""
-        return self.stage is Stage.BACK and self.back_in != self.context()
-
     def leave_again(self) -> None:
-        """Forget the memory that it came back to elsewhere: the bytes at rest are the right ones."""
-        assert self.stage is Stage.BACK
+        """Forget the memory that it came back to where it is of no use here: the bytes at rest are the right ones."""
+        assert self.stage is _BACK
         for buffer in self.buffers:
-            if buffer.fence is not FINISHED:
-                self._earlier.append(buffer.fence)
-                if not buffer.fence.ordered_on(buffer.made_on):
-                    self.transport.bury(buffer.ground.memory.untyped_storage(), buffer.fence)
-        self.buffers = []
-        self.stage = Stage.AWAY
-        if self._unused is not None:
-            self._unused.use(id(self))
+            if not buffer.fence.ordered_on(buffer.made_on):
+                self.transport.bury(buffer.memory.untyped_storage(), buffer.fence)
+        if self.unused is not None:
+            self.unused.use(id(self))
+            self.unused = None
+        self.stage = _AWAY
 
-    def room(self) -> list[tuple[Resting, torch.Tensor]]:
-        """Allocate device memory to come back to. The copies to make: the caller starts them and calls `returning`."""
-        assert self.stage is Stage.AWAY
+    def room(self, stream: int) -> list[tuple[Resting, torch.Tensor]]:
+        """Allocate device memory to come back to, on the current `stream`.
+
+        Returns the copies to make: the caller starts them and calls `returning`.
+        """
+        assert self.stage is _AWAY
         pieces = self._pieces
         if len(pieces) == 1:
             lo, hi, resting = pieces[0]
-            buffer = self._buffer(lo, hi)
-            self.buffers = [buffer]
-            return [(resting, buffer.bytes(lo, hi))]
-        self.buffers = [self._buffer(lo, hi) for lo, hi in spans.merge([p[:2] for p in pieces], BUFFER_GAP)]
+            buffer = self._buffer(lo, hi, stream)
+            self.buffers = (buffer,)
+            return [(resting, buffer.memory if buffer.spec is not None else buffer.bytes(lo, hi))]
+        ranges = spans.merge([(lo, hi) for lo, hi, _ in pieces], BUFFER_GAP)
+        self.buffers = [self._buffer(lo, hi, stream) for lo, hi in ranges]
         work: list[tuple[Resting, torch.Tensor]] = []
         for lo, hi, resting in pieces:
             buffer = next(b for b in self.buffers if b.lo <= lo and hi <= b.hi)
             work.append((resting, buffer.bytes(lo, hi)))
         return work
 
-    def _buffer(self, lo: int, hi: int) -> _Buffer:
+    def _buffer(self, lo: int, hi: int, stream: int) -> _Buffer:
         # Note [Same address modulo 512]: an allocator that starts on multiples of 512 needs no more bytes than there
         # are, which lets the buffer fit into the hole that the original left. Memory at odd addresses came from
         # elsewhere; it keeps its offset instead, so that elements stay aligned.
-        transport, spec = self.transport, self.spec
-        address = self.address if self.address % 16 == 0 else 0
+        transport, spec, address = self.transport, self.spec, self.address
+        if address % 16:
+            address = 0
         start = (address + lo) % CONGRUENCE
         if transport.alignment % CONGRUENCE == 0:
-            if start == 0 and spec.fills(lo, hi):  # the most usual case: it needs no view at all
-                ground = Ground(transport.allocate(spec.size, spec.dtype), spec)
-            else:
-                ground = Ground(transport.allocate((hi - lo + start,), torch.uint8))
+            if start == 0 and spec.dense and lo == spec.lo and hi == spec.hi:
+                # The most usual case: it needs no view at all.
+                return _Buffer(lo, hi, transport.allocate_as(spec.size, spec.stride, spec.dtype), -lo, spec, stream)
+            memory = transport.allocate((hi - lo + start,), torch.uint8)
         else:
             memory = transport.allocate((hi - lo + CONGRUENCE,), torch.uint8)
-            ground = Ground(memory)
             start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
-        return _Buffer(lo, hi, ground, start - lo, transport.stream_key())
+        return _Buffer(lo, hi, memory, start - lo, None, stream)
 
     def returning(self, fence: Fence, unused: Unused) -> None:
         """The copies that `room` named are under way. Until its first use it counts in `unused`."""
         for buffer in self.buffers:
             buffer.fence = fence
-        self.stage = Stage.BACK
-        self.back_in = self.context()
-        self._unused = unused
         unused.add(id(self), self.nbytes)
+        self.unused = unused
+        self.back_in = self.context()
+        self.stage = _BACK  # at the end: whoever sees it may use the bytes without the lock
 
     # --- use ------------------------------------------------------------------------------------------------------
 
@@ -344,49 +361,64 @@ class Allocation:
         Raises:
             OffloadError: the bytes could not be brought back.
         """
-        if self.stage is Stage.HELD:
-            assert self._storage is not None
-            if self._ground is None:
-                self._ground = Ground(byte_view(self._storage, 0, self._storage.nbytes()))
-            return self._on(self._ground, spec, 0), None
-        if spec.lo == spec.hi:  # no byte of it was moved: it lies anywhere
-            return self._on(self.buffers[0].ground, spec, -spec.lo), None
-        for buffer in self.buffers:
-            if buffer.lo <= spec.lo and spec.hi <= buffer.hi:
-                break
-        else:
-            raise AssertionError("a saved view lies outside every range that was moved")
-        wait = buffer.fence.order()
-        stream = self.transport.stream_key()
+        if self.stage is _HELD:
+            storage, buffer = self.storage, self._ground
+            if buffer is None:
+                assert storage is not None
+                nbytes = storage.nbytes()
+                buffer = self._ground = _Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
+            return self._on(buffer, spec, 0), None
+        buffer = self.buffers[0]
+        lo, hi = spec.lo, spec.hi
+        if lo == hi:  # no byte of it was moved: it lies anywhere
+            return self._on(buffer, spec, -lo), None
+        if lo < buffer.lo or buffer.hi < hi:
+            buffer = next(b for b in self.buffers if b.lo <= lo and hi <= b.hi)
+        stream, fence = self.transport.stream_key(), buffer.fence
+        wait = None if fence.ordered_on(stream) else fence.order()
         if stream != buffer.made_on:
-            if buffer.shared_with is None:
-                buffer.shared_with = set()
-            if stream not in buffer.shared_with:
-                self.transport.share(buffer.ground.memory.untyped_storage())
-                buffer.shared_with.add(stream)
-        return self._on(buffer.ground, spec, buffer.shift), wait
+            self._share(buffer, stream)
+        memory = buffer.memory
+        if memory._version == buffer.version and (spec is buffer.spec or spec == buffer.spec):
+            return memory, wait
+        return self._on(buffer, spec, buffer.shift), wait
 
-    def _on(self, ground: Ground, spec: ViewSpec, shift: int) -> torch.Tensor:
-        if ground.num_changes:
-            version = self._watch.version
-            raise changed_in_place(str(spec.dtype), spec.size, version, version + ground.num_changes, self.row.name)
-        return ground.rebuild(spec, shift)
+    def _share(self, buffer: _Buffer, stream: int) -> None:
+        """Let the allocator know that `stream` uses the memory, which is from the pool of another."""
+        if buffer.shared_with is None:
+            buffer.shared_with = set()
+        if stream not in buffer.shared_with:
+            self.transport.share(buffer.memory.untyped_storage())
+            buffer.shared_with.add(stream)
+
+    def _on(self, buffer: _Buffer, spec: ViewSpec, shift: int) -> torch.Tensor:
+        num_changes = buffer.memory._version - buffer.version
+        if num_changes:
+            raise changed_in_place(str(spec.dtype), spec.size, self.version, self.version + num_changes, self.row.name)
+        return rebuild(buffer.memory, spec, shift)
 
     def __del__(self) -> None:
-        # Takes no lock: the garbage collector may run this at any moment, in any thread.
-        if self._left is not None and self._storage is not None:
-            self.transport.bury(self._storage, self._left)
-        if self._unused is not None:
-            self._unused.drop(id(self))
-        read = self._earlier
+        # Takes no lock: the garbage collector may run this at any moment, in any thread. What rests elsewhere gives its
+        # room back by itself.
+        if self.unused is not None:
+            self.unused.drop(id(self))
         for buffer in self.buffers:
-            fence = buffer.fence
-            if fence is not FINISHED:
-                read.append(fence)
-                if not fence.ordered_on(buffer.made_on):
-                    self.transport.bury(buffer.ground.memory.untyped_storage(), fence)
-        for _, _, resting in self._pieces:
-            resting.retire(read)
+            if not buffer.fence.ordered_on(buffer.made_on):
+                self.transport.bury(buffer.memory.untyped_storage(), buffer.fence)
+        if self._left is not None and self.storage is not None:
+            self.transport.bury(self.storage, self._left)
+
+
+def _somebody_else_holds(storage: torch.UntypedStorage) -> bool:
+    """Whether anything but the caller's only reference keeps `storage` alive; in doubt, yes.
+
+    It saves a weak reference to each storage that goes at once, which most do.
+    """
+    # The references to the Python object: the caller's variable, this function's argument, and getrefcount's.
+    return _use_count(storage._cdata) > 1 or sys.getrefcount(storage) > 3
+
+
+_use_count: Callable[[int], int] = torch._C._storage_Use_Count
 
 
 class Unused:

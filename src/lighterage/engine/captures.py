@@ -79,37 +79,22 @@ class Capture:
         return self._tenure
 
 
-class Room(Protocol):
-    """Memory at rest with several users, given back when the last of them has retired."""
-
-    def hold(self) -> None:
-        """One more user."""
-        ...
-
-    def retire(self) -> None:
-        """One user less."""
-        ...
-
-
 class Tenure:
     """Rooms that a graph uses: they stay its own until it, and what was instantiated from it, is destroyed."""
 
     def __init__(self, deed: Deed) -> None:
         self._deed = deed
-        self._held: dict[int, Room] = {}
+        self._held: set[object] = set()
 
-    def hold(self, room: Room) -> None:
-        """Give the graph a share in `room`; harmless when repeated."""
-        if id(room) not in self._held:
-            self._held[id(room)] = room
-            room.hold()
+    def hold(self, room: object) -> None:
+        """Give the graph a share in `room`, which gives itself back when nobody holds it; harmless when repeated."""
+        self._held.add(room)
 
     def end_if_over(self) -> bool:
         """Give the rooms back if the graph is gone; whether it is."""
         if not self._deed.is_over:
             return False
-        while self._held:
-            self._held.popitem()[1].retire()
+        self._held.clear()
         return True
 
     def wait(self) -> None:

@@ -64,7 +64,7 @@ class WorkerFence:
         return _HostWait((time.perf_counter() - start) * 1e3)
 
     def ordered_on(self, stream: int) -> bool:
-        return self.done()
+        return self._finished.is_set() and self._error is None
 
 
 def _forked() -> OffloadError:
@@ -163,18 +163,22 @@ class Store(Protocol):
 class _Rested:
     """Bytes in a room of a store."""
 
-    __slots__ = ("left", "room")
+    __slots__ = ("left", "reads", "room")
 
     def __init__(self, room: Room) -> None:
         self.room = room
         self.left: Fence = FINISHED
+        self.reads: Sequence[Fence] = ()
 
     @property
     def nbytes(self) -> int:
         return self.room.nbytes
 
     def retire(self, fences: Iterable[Fence] = ()) -> None:
-        self.room.retire((self.left, *fences))
+        self.room.retire((self.left, *self.reads, *fences))
+
+    def __del__(self) -> None:
+        self.retire()
 
 
 class CpuTransport:
@@ -225,19 +229,26 @@ class CpuTransport:
     def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device="cpu")
 
+    def allocate_as(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device="cpu")
+
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         fences: list[Fence] = []
         for batch in batches:
+            # The job holds the rooms, not who owns them: they may be given back before it has run, with its fence.
             # Popped from the end: what was copied out last is read last, since it is newer where ranges overlap.
-            work = list(reversed(batch))
+            work = [(resting.left, resting.room, data) for resting, data in reversed(batch)]  # type: ignore[attr-defined]
 
-            def come_back(work: list[tuple[Resting, torch.Tensor]] = work) -> None:
+            def come_back(work: list[tuple[Fence, Room, torch.Tensor]] = work) -> None:
                 while work:
-                    resting, data = work.pop()
-                    resting.left.wait()  # raises what went wrong on the way out: there is nothing to read then
-                    self._store.read(resting.room, as_bytes(data.data))  # type: ignore[attr-defined]
+                    left, room, data = work.pop()
+                    left.wait()  # raises what went wrong on the way out: there is nothing to read then
+                    self._store.read(room, as_bytes(data.data))
 
-            fences.append(self._in.submit(come_back))
+            fence = self._in.submit(come_back)
+            for resting, _ in batch:
+                resting.reads = (*resting.reads, fence)  # type: ignore[attr-defined]
+            fences.append(fence)
         return fences
 
     def share(self, storage: torch.UntypedStorage) -> None:

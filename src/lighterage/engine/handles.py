@@ -8,10 +8,11 @@ import torch
 
 from ..unseen import unseen
 from .allocation import Allocation
-from .views import InPlaceWatch, ViewSpec, changed_in_place, type_name
+from .views import ViewSpec, changed_in_place, counter_of_wrapper, type_name
 
 if TYPE_CHECKING:
     from .sections import Section
+    from .traffic import Traffic
 
 # Note [What a handle may hold]
 # A saved output reaches the pack hook with its grad_fn; holding it, or a view of it, closes a cycle through the graph
@@ -40,53 +41,60 @@ class Kept:
 class KeptWrapper:
     """A saved wrapper subclass of which nothing was moved."""
 
-    __slots__ = ("_section", "_tensor", "_watch")
+    __slots__ = ("_counter", "_section", "_tensor", "_version")
 
     def __init__(self, tensor: torch.Tensor, section: Section) -> None:
         self._tensor = tensor.detach()
-        self._watch = InPlaceWatch.of_wrapper(tensor)
+        self._counter = counter_of_wrapper(tensor)
+        self._version = tensor._version
         self._section = section
 
     def unpack(self) -> torch.Tensor:
-        if self._watch.now != self._watch.version:
-            raise changed_in_place(
-                type(self._tensor).__name__,
-                self._tensor.shape,
-                self._watch.version,
-                self._watch.now,
-                self._section.name,
-            )
+        tensor, now = self._tensor, self._counter._version
+        if now != self._version:
+            raise changed_in_place(type(tensor).__name__, tensor.shape, self._version, now, self._section.name)
         if not self._section.visited:
             self._section.visit()
-        return self._tensor
+        return tensor
 
 
 class Offloaded:
     """A saved tensor as a view over an allocation."""
 
-    __slots__ = ("_allocation", "_section", "_spec", "_watch")
+    __slots__ = ("_alias", "_allocation", "_section", "_spec", "_traffic", "_version")
 
-    def __init__(self, allocation: Allocation, spec: ViewSpec, watch: InPlaceWatch, section: Section) -> None:
+    def __init__(
+        self,
+        traffic: Traffic,
+        allocation: Allocation,
+        spec: ViewSpec,
+        alias: torch.Tensor,
+        version: int,
+        section: Section,
+    ) -> None:
+        """`alias` has the saved tensor's version counter, which showed `version`, and none of its memory."""
+        self._traffic = traffic
         self._allocation = allocation
         self._spec = spec
-        self._watch = watch
+        self._alias = alias
+        self._version = version
         self._section = section
 
     def unpack(self) -> torch.Tensor:
-        watch = self._watch
-        if watch.now != watch.version:
-            kind = type_name(watch._alias)
-            raise changed_in_place(kind, self._spec.size, watch.version, watch.now, self._section.name)
         section = self._section
+        now = self._alias._version
+        if now != self._version:
+            kind = type_name(self._allocation.sample(self._spec.dtype))
+            raise changed_in_place(kind, self._spec.size, self._version, now, section.name)
         if not section.visited:
             section.visit()
-        return section.owner.load(self._allocation, self._spec)
+        return self._traffic.load(self._allocation, self._spec)
 
 
 class OffloadedWrapper:
     """A saved wrapper subclass: the tensors inside are moved, or held as they are, each for itself."""
 
-    __slots__ = ("_context", "_inner", "_section", "_size", "_stride", "_type", "_watch")
+    __slots__ = ("_context", "_counter", "_inner", "_section", "_size", "_stride", "_type", "_version")
 
     def __init__(
         self,
@@ -100,14 +108,14 @@ class OffloadedWrapper:
         self._inner = inner
         self._size = tensor.shape
         self._stride = () if tensor.is_nested else tensor.stride()
-        self._watch = InPlaceWatch.of_wrapper(tensor)
+        self._counter = counter_of_wrapper(tensor)
+        self._version = tensor._version
         self._section = section
 
     def unpack(self) -> torch.Tensor:
-        if self._watch.now != self._watch.version:
-            raise changed_in_place(
-                self._type.__name__, self._size, self._watch.version, self._watch.now, self._section.name
-            )
+        now = self._counter._version
+        if now != self._version:
+            raise changed_in_place(self._type.__name__, self._size, self._version, now, self._section.name)
         # A part need not be a tensor: DTensor names its mesh.
         inner = {
             name: part.unpack() if isinstance(part, Offloaded | OffloadedWrapper) else part

@@ -63,7 +63,11 @@ FINISHED: Fence = _Finished()
 
 
 class Resting(Protocol):
-    """The bytes of one range, away from the device."""
+    """The bytes of one range, away from the device.
+
+    They are given up, and their room with them, when nobody holds this any more or `retire` is called, whichever comes
+    first. The room is written again only after the copies into it and those that `restore` made of it.
+    """
 
     @property
     def nbytes(self) -> int: ...
@@ -74,7 +78,7 @@ class Resting(Protocol):
         ...
 
     def retire(self, fences: Iterable[Fence] = ()) -> None:
-        """Give the room back, to be written again only after `fences`. Takes no lock; harmless when repeated."""
+        """Give the room back, to be written again only after `fences` too. Takes no lock; harmless when repeated."""
         ...
 
 
@@ -112,6 +116,10 @@ class Transport(Protocol):
 
     def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Device memory, a contiguous tensor, from the pool of the calling thread's stream."""
+        ...
+
+    def allocate_as(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """The same, with the strides that it shall show where a dimension of one leaves a choice."""
         ...
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:

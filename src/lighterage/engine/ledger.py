@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 
 from . import spans
 from .lanes import Wait
@@ -87,20 +88,21 @@ class Step:
 
     def __init__(self) -> None:
         self.rows: list[Row] = []
-        self._kept: dict[int, list[spans.Span]] = {}
+        self.kept: dict[int, Sequence[spans.Span]] = {}
+        """What was counted as kept, by storage."""
         self._waits: list[tuple[Row, Wait]] = []
 
     def note_kept(self, row: Row, key: int, lo: int, hi: int, reason: str) -> None:
         """Count a kept range, but for what another save of this step kept of it."""
-        known = self._kept.get(key)
+        known = self.kept.get(key)
         if known is None:
-            self._kept[key] = [(lo, hi)]
+            self.kept[key] = ((lo, hi),)
             fresh = hi - lo
         elif (lo, hi) in known:
             return
         else:
             fresh = sum(b - a for a, b in spans.subtract((lo, hi), known))
-            self._kept[key] = spans.merge([*known, (lo, hi)])
+            self.kept[key] = spans.merge([*known, (lo, hi)])
         row.unique_bytes += fresh
         row.kept[reason] = row.kept.get(reason, 0) + fresh
 

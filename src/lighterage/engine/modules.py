@@ -10,6 +10,9 @@ from torch import nn
 
 from .wrappers import is_wrapper, parts_of
 
+CAST = "ToCopyBackward0"
+"""The autograd node of a cast."""
+
 
 class SectionModules:
     """The sections that a module or an iterable of modules stands for.
@@ -95,7 +98,7 @@ class Residents:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = [weakref.ref(module) for module in modules]
-        self._owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self.owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
         self.accelerators: set[torch.device] = set()
         """The accelerators that some of the memory is on: if there are any, CPU tensors are on the host already."""
         self.refresh()
@@ -114,18 +117,18 @@ class Residents:
                         if plain.device.type not in ("cpu", "meta"):
                             accelerators.add(plain.device)
                         owners[plain.untyped_storage()._cdata] = (weakref.ref(plain), reason)
-        self._owners, self.accelerators = owners, accelerators
+        self.owners, self.accelerators = owners, accelerators
 
     def reason(self, key: int, tensor: torch.Tensor) -> str | None:
         """Why the storage with the id `key` stays, if it does; `tensor` is the saved tensor or the base of its view."""
-        known = self._owners.get(key)
+        known = self.owners.get(key)
         if known is not None:
             owner = known[0]()
             if owner is not None and owner.untyped_storage()._cdata == key:
                 return known[1]
         if tensor.requires_grad:
             node = tensor.grad_fn
-            if node is not None and type(node).__name__ == "ToCopyBackward0":
+            if node is not None and type(node).__name__ == CAST:
                 source = node.next_functions[0][0]
                 if isinstance(getattr(source, "variable", None), nn.Parameter):
                     return "cast of a parameter"

@@ -9,18 +9,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ..marks import Mark, mark_of
+from ..marks import Mark, any_marks, mark_of
 from .allocation import Allocation
 from .handles import Handle, Kept, KeptWrapper, Offloaded, OffloadedWrapper
 from .lanes import Transport
 from .ledger import Ledger
-from .modules import Residents
+from .modules import CAST, Residents
 from .policy import Policy
 from .sections import Section
 from .stores import Stores
 from .traffic import Traffic
-from .views import InPlaceWatch, byte_range, describe
+from .views import byte_range, describe, emptied_alias
 from .wrappers import is_wrapper, parts_of, wait_for
+
+# Note [Few looks]
+# A look at one attribute of a tensor costs 50 to 100 ns, and far more on a busy host; packing a save is some twenty of
+# them, and they are most of what it costs. So each is taken once and handed on, and what one look tells is not asked
+# again: a storage that cannot be had tells sparse tensors and those that torch.func wraps, an address that cannot be
+# had tells those that have no memory.
 
 
 class Packer:
@@ -57,27 +63,29 @@ class Packer:
         return self._pack_plain(tensor, section)
 
     def _pack_plain(self, tensor: torch.Tensor, section: Section) -> Offloaded | Kept:
-        if tensor.layout is not torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        # See Note [Few looks].
+        try:
+            storage = tensor.untyped_storage()
+        except NotImplementedError:  # sparse tensors and the like, and what torch.func wraps
             return Kept(tensor, section)
-        if tensor.is_nested or tensor.is_quantized or tensor._is_zerotensor():
+        if tensor.is_nested or tensor.is_quantized:
             return Kept(tensor, section)
+        try:
+            address = storage.data_ptr()
+        except RuntimeError:  # there is no memory, though the storage has a size: zero tensors
+            return Kept(tensor, section)
+        key, base, nbytes = storage._cdata, tensor._base, tensor.nbytes
         row = section.row
-        nbytes = tensor.nbytes
         row.saved_bytes += nbytes
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        lo, hi = byte_range(tensor)
-        base = tensor._base
         if base is not None and type(base) is not torch.Tensor and isinstance(base, nn.Parameter):
-            self._ledger.step.note_kept(row, key, lo, hi, "parameter")
-            return Kept(tensor, section)
-        if storage.nbytes() < self._min_bytes:
-            self._ledger.step.note_kept(row, key, lo, hi, "under min_bytes")
-            return Kept(tensor, section)
+            return self._keep(tensor, section, key, nbytes, "parameter")
+        storage_bytes = storage.nbytes()
+        if storage_bytes < self._min_bytes:
+            return self._keep(tensor, section, key, nbytes, "under min_bytes")
         device = tensor.device
         transport = self.transports.get(device) or self._open_transport(device)
-        mark = mark_of(key)
-        reason = self._why_kept(tensor, section, key, transport, mark, nbytes)
+        mark = mark_of(key) if any_marks() else None
+        reason = self._why_kept(tensor, base, section, key, transport, mark, nbytes)
         capture = 0 if transport is None else transport.capture()
         with self._lock:
             known = self._allocations.get(key)
@@ -92,24 +100,47 @@ class Packer:
                 else:
                     reason = allocation.kept
             if reason is not None or transport is None:
-                self._ledger.step.note_kept(row, key, lo, hi, reason or "on another device")
-                return Kept(tensor, section)
-            watch = InPlaceWatch(tensor)
-            spec = describe(tensor, lo, hi)
+                return self._keep(tensor, section, key, nbytes, reason or "on another device")
+            alias = emptied_alias(tensor)
+            version = alias._version
+            spec = describe(tensor, nbytes)
+            lo, hi = spec.lo, spec.hi
             if allocation is None or not allocation.takes(lo, hi):
-                allocation = Allocation(transport, storage, watch, row, spec, capture)
-                self._allocations[key] = weakref.ref(allocation)
-            section.enter(allocation)
+                allocation = Allocation(
+                    transport, storage, key, storage_bytes, address, alias, version, row, spec, capture
+                )
+                self._allocations[key] = section.allocations[id(allocation)] = weakref.ref(allocation)
+                fresh = hi - lo
+            else:
+                section.enter(allocation)
+                fresh = allocation.add(storage, lo, hi)
             allocation.saved_at.append((section.name, row.saves, nbytes))
-            fresh = allocation.add(storage, lo, hi)
             if fresh:
                 row.unique_bytes += fresh
                 self._traffic.gather(allocation, section, fresh, mark)
-        return Offloaded(allocation, spec, watch, section)
+        return Offloaded(self._traffic, allocation, spec, alias, version, section)
+
+    def _keep(self, tensor: torch.Tensor, section: Section, key: int, nbytes: int, reason: str) -> Kept:
+        if tensor.is_contiguous():
+            lo = int(tensor.storage_offset())
+            if lo:
+                lo *= tensor.itemsize
+            hi = lo + nbytes
+        else:
+            lo, hi = byte_range(tensor, nbytes)
+        step = self._ledger.step
+        if key in step.kept:
+            step.note_kept(section.row, key, lo, hi, reason)
+        else:  # the same, for what is most often so
+            row, step.kept[key] = section.row, ((lo, hi),)
+            row.unique_bytes += hi - lo
+            row.kept[reason] = row.kept.get(reason, 0) + hi - lo
+        return Kept(tensor, section)
 
     def _why_kept(
         self,
         tensor: torch.Tensor,
+        base: torch.Tensor | None,
         section: Section,
         key: int,
         transport: Transport | None,
@@ -117,20 +148,22 @@ class Packer:
         nbytes: int,
     ) -> str | None:
         """Why a large tensor that is no parameter stays where it is, or None."""
-        if transport is None or (self._residents.accelerators and tensor.get_device() < 0):
+        residents = self._residents
+        if transport is None or (residents.accelerators and tensor.get_device() < 0):
             return "on another device"
-        base = tensor._base
-        resident = self._residents.reason(key, tensor if base is None else base)
-        if resident is not None:
-            return resident
+        owner = tensor if base is None else base
+        if key in residents.owners or (owner.requires_grad and type(owner.grad_fn).__name__ == CAST):
+            resident = residents.reason(key, owner)
+            if resident is not None:
+                return resident
         if mark is Mark.NOT_OFFLOAD:
             return "mark_not_offload"
         if section.keep_reason is not None:
             return section.keep_reason
         if not section.open:
             return "saved after its section had ended"
-        still_alive = self._traffic.still_alive
-        if still_alive and (section.name, section.row.saves, nbytes) in still_alive:
+        saves = self._traffic.still_alive.saves
+        if saves and (section.name, section.row.saves, nbytes) in saves:
             return "held by somebody else when it was moved in an earlier step"
         return None
 
@@ -143,7 +176,9 @@ class Packer:
             if isinstance(tensor, nn.Parameter | nn.Buffer) and tensor.layout is torch.strided:
                 section.row.saved_bytes += tensor.nbytes
                 reason = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
-                self._ledger.step.note_kept(section.row, tensor.untyped_storage()._cdata, *byte_range(tensor), reason)
+                self._ledger.step.note_kept(
+                    section.row, tensor.untyped_storage()._cdata, *byte_range(tensor, tensor.nbytes), reason
+                )
             return Kept(tensor, section)
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return KeptWrapper(tensor, section)

@@ -45,19 +45,23 @@ class _TicketFence:
 class _RestedOnDisk:
     """Bytes in a file, or on their way there through a pinned block."""
 
-    __slots__ = ("extent", "left", "written")
+    __slots__ = ("extent", "left", "reads", "written")
 
     def __init__(self, extent: Extent) -> None:
         self.extent = extent
         self.left: Fence = FINISHED
         self.written: Fence = FINISHED
+        self.reads: Sequence[Fence] = ()
 
     @property
     def nbytes(self) -> int:
         return self.extent.nbytes
 
     def retire(self, fences: Iterable[Fence] = ()) -> None:
-        self.extent.retire((self.written, *fences))
+        self.extent.retire((self.written, *self.reads, *fences))
+
+    def __del__(self) -> None:
+        self.retire()
 
 
 _NO_DISK = "a graph is captured, and its replays could not write to disk"
@@ -141,14 +145,18 @@ class DiskTransport(Accelerator):
         fences: list[Fence] = []
         for batch in batches:
             fence = _TicketFence()
-            after = [resting.written for resting, _ in batch]  # type: ignore[attr-defined]
-            fence.ticket = self._reader.submit(self._read_job(list(batch), allocated, fence, current), after)
+            # The job holds the extents, not who owns them: they may be given back before it has run, with its fence.
+            work = [(resting.written, resting.extent, data) for resting, data in batch]  # type: ignore[attr-defined]
+            after = [written for written, _, _ in work]
+            fence.ticket = self._reader.submit(self._read_job(work, allocated, fence, current), after)
+            for resting, _ in batch:
+                resting.reads = (*resting.reads, fence)  # type: ignore[attr-defined]
             fences.append(fence)
         return fences
 
     def _read_job(
         self,
-        batch: list[tuple[Resting, torch.Tensor]],
+        batch: list[tuple[Fence, Extent, torch.Tensor]],
         allocated: torch.Event,
         fence: _TicketFence,
         current: torch.Stream,
@@ -159,18 +167,18 @@ class DiskTransport(Accelerator):
             lane.wait_event(allocated)
             batch.reverse()
             while batch:
-                resting, data = batch.pop()  # in the order of saving: where ranges overlap, the last one is right
-                resting.written.wait()  # type: ignore[attr-defined]
-                block = self._passage.acquire(resting.nbytes)
+                written, extent, data = batch.pop()  # in the order of saving: where ranges overlap, the last is right
+                written.wait()
+                block = self._passage.acquire(extent.nbytes)
                 if block is None:  # the passage is full of what is still on its way out: go by ordinary memory
-                    parts: tuple[torch.Tensor, ...] = (torch.empty(resting.nbytes, dtype=torch.uint8),)
+                    parts: tuple[torch.Tensor, ...] = (torch.empty(extent.nbytes, dtype=torch.uint8),)
                 else:
                     parts = block.parts
                     for earlier in block.fences:
                         earlier.wait()
                 at = 0
                 for part in parts:
-                    self._store.read(resting.extent, part, offset=at)  # type: ignore[attr-defined]
+                    self._store.read(extent, part, offset=at)
                     at += part.numel()
                 with self._streams.on(lane, back_to):
                     self._claim(data, lane, current)

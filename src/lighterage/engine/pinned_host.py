@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 import torch
 
@@ -23,61 +24,55 @@ FENCE_BYTES = 4 << 20
 
 
 class _Shared:
-    """One block for all that was evicted together. It is given back when the last of them has been."""
+    """One block for all that was evicted together. It is given back when the last of them is gone."""
 
-    __slots__ = ("_fences", "_users", "address", "block", "left")
+    __slots__ = ("address", "block", "left", "reads")
 
-    def __init__(self, block: Block, num_users: int) -> None:
+    def __init__(self, block: Block) -> None:
         self.block = block
         # Where a block crosses from one registration into the next it has no single address to copy to.
         self.address = block.parts[0].data_ptr() if len(block.parts) == 1 else None
         self.left: Fence = FINISHED
-        self._users = [None] * num_users
-        self._fences: set[Fence] = set()
+        self.reads: dict[Fence, None] = {}
 
-    def hold(self) -> None:
-        self._users.append(None)
-
-    def retire(self, fences: Iterable[Fence] = ()) -> None:
-        # Called from finalizers in any thread: each operation is atomic, and the last pop tells the last user.
-        self._fences.update(fences)
-        self._users.pop()
-        if not self._users:
-            self.block.retire((self.left, *self._fences))
+    def __del__(self) -> None:
+        # Whatever drops the last of them runs this: it takes no lock.
+        self.block.retire((self.left, *self.reads))
 
 
 class _RestedInHost:
     """Bytes in a pinned block."""
 
-    __slots__ = ("_at", "_retired", "nbytes", "shared")
+    __slots__ = ("_at", "address", "left", "nbytes", "shared")
 
     def __init__(self, shared: _Shared, at: int, nbytes: int) -> None:
         self.shared = shared
         self.nbytes = nbytes
+        self.address = None if shared.address is None else shared.address + at
+        """Where the bytes are, if the block has an address."""
         self._at = at
-        self._retired = False
-
-    @property
-    def left(self) -> Fence:
-        return self.shared.left
-
-    @property
-    def pieces(self) -> list[tuple[int, int]]:
-        """Address and bytes of each registration's share, in order."""
-        if self.shared.address is not None:
-            return [(self.shared.address + self._at, self.nbytes)]
-        return [(part.data_ptr(), part.numel()) for part in self.parts]
+        self.left: Fence = FINISHED
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """uint8 tensors over the bytes, in order."""
         return _slice(self.shared.block.parts, self._at, self._at + self.nbytes)
 
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Address and bytes of each registration's share, in order."""
+        return [(part.data_ptr(), part.numel()) for part in self.parts]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each of them starts among the bytes."""
+        ends = list(accumulate(part.numel() for part in self.parts))
+        return [0, *ends[:-1]]
+
     def retire(self, fences: Iterable[Fence] = ()) -> None:
-        # Only its owner calls this: under the offloader's lock, or, when nobody can any more, in its finalizer.
-        if not self._retired:
-            self._retired = True
-            self.shared.retire(fences)
+        if hasattr(self, "shared"):
+            self.shared.reads.update(dict.fromkeys(fences))
+            del self.shared
 
 
 def _overlaps(data: torch.Tensor, others: Sequence[tuple[object, torch.Tensor]]) -> bool:
@@ -137,31 +132,25 @@ class HostTransport(Accelerator):
         placed = self._place([hi - lo for _, lo, hi in sources])
         work = [(one, source) for one, source in zip(placed, sources, strict=True) if one is not None]
         if work:
-            try:
-                self._start(work, tenure)
-            except BaseException:
-                for one, _ in work:
-                    one.retire()
-                raise
+            streams = self._streams
+            lane, current = streams.outbound, streams.current()
+            streams.after(current, lane)
+            rooms = {one.shared: None for one, _ in work}
+            for shared in rooms:
+                if tenure is not None:
+                    tenure.hold(shared)
+                for earlier in shared.block.fences:
+                    await_on(lane, earlier)
+            with streams.on(lane, current):
+                try:
+                    self._copy_out(work, lane, current)
+                finally:  # some may be under way where others failed
+                    left = streams.fence(lane)
+                    for shared in rooms:
+                        shared.left = left
+            for one, _ in work:
+                one.left = left
         return list(placed)
-
-    def _start(self, work: Sequence[tuple[_RestedInHost, Source]], tenure: Tenure | None) -> None:
-        streams = self._streams
-        lane, current = streams.outbound, streams.current()
-        streams.after(current, lane)
-        rooms = {one.shared: None for one, _ in work}
-        for shared in rooms:
-            for earlier in shared.block.fences:
-                await_on(lane, earlier)
-            if tenure is not None:
-                tenure.hold(shared)
-        with streams.on(lane, current):
-            try:
-                self._copy_out(work, lane, current)
-            finally:  # some may be under way where others failed
-                left = streams.fence(lane)
-                for shared in rooms:
-                    shared.left = left
 
     def _place(self, sizes: Sequence[int]) -> list[_RestedInHost | None]:
         """Room for ranges that leave together: one block if there is one, or one each."""
@@ -172,10 +161,16 @@ class HostTransport(Accelerator):
                 total += -(-size // _ROOM) * _ROOM
             block = self._arena.acquire(total, self.has_room)
             if block is not None:
-                shared = _Shared(block, len(sizes))
+                shared = _Shared(block)
                 return [_RestedInHost(shared, at, size) for at, size in zip(starts, sizes, strict=True)]
-        blocks = [self._arena.acquire(size, self.has_room) for size in sizes]
-        return [None if one is None else _RestedInHost(_Shared(one, 1), 0, one.nbytes) for one in blocks]
+        placed: list[_RestedInHost | None] = []
+        for size in sizes:
+            block = self._arena.acquire(size, self.has_room)
+            if block is None:
+                placed.append(None)
+            else:
+                placed.append(_RestedInHost(_Shared(block), 0, size))
+        return placed
 
     def _copy_out(
         self, work: Sequence[tuple[_RestedInHost, Source]], lane: torch.Stream, current: torch.Stream
@@ -183,15 +178,15 @@ class HostTransport(Accelerator):
         if self._several_streams:
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
-        if self._batches is not None:
-            to, here, sizes = [], [], []
-            for one, (storage, lo, _) in work:
-                at = storage.data_ptr() + lo
-                for address, nbytes in one.pieces:
-                    to.append(address)
-                    here.append(at)
-                    sizes.append(nbytes)
-                    at += nbytes
+        to = [address for one, _ in work if (address := one.address) is not None]
+        if self._streams.capturing():
+            pieces = [(address, nbytes) for one, _ in work for address, nbytes in one.pieces]
+            here = [storage.data_ptr() + lo + at for one, (storage, lo, _) in work for at in one.starts]
+            self._capture_copies([address for address, _ in pieces], here, [nbytes for _, nbytes in pieces])
+            return
+        if self._batches is not None and len(to) == len(work):
+            here = [storage.data_ptr() + lo for _, (storage, lo, _) in work]
+            sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, here, sizes, self._streams.key()):
                 return
         for one, (storage, lo, hi) in work:
@@ -209,44 +204,69 @@ class HostTransport(Accelerator):
         streams.after(current, lane)
         fences: list[Fence] = []
         gathered: list[tuple[_RestedInHost, torch.Tensor]] = []
+        several: list[list[tuple[_RestedInHost, torch.Tensor]]] = []
         nbytes = num_batches = 0
         with streams.on(lane, current):
             for batch in batches:
                 for resting, data in batch:
                     if len(batch) > 1 and _overlaps(data, gathered):
                         # What was copied out last is newer, and copies of one call come in no order.
-                        self._copy_in(gathered, lane, current)
+                        several.append(gathered)
                         gathered = []
                     nbytes += resting.nbytes
                     gathered.append((resting, data))  # type: ignore[arg-type]
                 num_batches += 1
                 if nbytes >= FENCE_BYTES or num_batches + len(fences) == len(batches):
-                    self._copy_in(gathered, lane, current)
-                    fences.extend([streams.fence(lane)] * num_batches)
-                    gathered, nbytes, num_batches = [], 0, 0
+                    several.append(gathered)
+                    fences.extend([self._copy_in(several, lane, current)] * num_batches)
+                    gathered, several, nbytes, num_batches = [], [], 0, 0
         return fences
 
     def _copy_in(
+        self,
+        several: Sequence[Sequence[tuple[_RestedInHost, torch.Tensor]]],
+        lane: torch.Stream,
+        current: torch.Stream,
+    ) -> Fence:
+        """Start these copies, in this order as far as they are not of one list; the fence after them all."""
+        rooms = {one.shared: None for work in several for one, _ in work}
+        for left in {shared.left: None for shared in rooms}:
+            await_on(lane, left)
+        for work in several:
+            self._start(work, lane, current)
+        fence = self._streams.fence(lane)
+        for shared in rooms:
+            shared.reads[fence] = None
+        return fence
+
+    def _start(
         self, work: Sequence[tuple[_RestedInHost, torch.Tensor]], lane: torch.Stream, current: torch.Stream
     ) -> None:
-        for left in {one.shared.left: None for one, _ in work}:
-            await_on(lane, left)
         if self._several_streams:
             for _, data in work:
                 self._claim(data, lane, current)
-        if self._batches is not None:
-            to, there, sizes = [], [], []
-            for one, data in work:
-                at = data.data_ptr()
-                for address, nbytes in one.pieces:
-                    to.append(at)
-                    there.append(address)
-                    sizes.append(nbytes)
-                    at += nbytes
+        there = [address for one, _ in work if (address := one.address) is not None]
+        if self._streams.capturing():
+            pieces = [(address, nbytes) for one, _ in work for address, nbytes in one.pieces]
+            to = [data.data_ptr() + at for one, data in work for at in one.starts]
+            self._capture_copies(to, [address for address, _ in pieces], [nbytes for _, nbytes in pieces])
+            return
+        if self._batches is not None and len(there) == len(work):
+            to = [data.data_ptr() for _, data in work]
+            sizes = [one.nbytes for one, _ in work]
             if self._batches.copy(to, there, sizes, self._streams.key()):
                 return
         for one, data in work:
             copy_in(as_bytes(data.data), one.parts)
+
+    def _capture_copies(self, destinations: list[int], sources: list[int], sizes: list[int]) -> None:
+        """Copies of a capture, each within one registration of pinned memory."""
+        batches = self._batches
+        if batches is None or not batches.copy(destinations, sources, sizes, self._streams.key()):
+            raise OffloadError(
+                "a copy was refused inside a graph's capture. The capture has failed, or the device of the tensors is "
+                "not the current one: capture under torch.cuda.device."
+            )
 
     def close(self) -> None:
         self._streams.outbound.synchronize()

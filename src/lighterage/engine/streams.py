@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
@@ -21,22 +22,22 @@ class Streams:
         self.inbound = torch.Stream(device)
         self.before_copies = before_copies
         self.events: list[torch.Event] = []
-        cuda = device.type == "cuda"
-        self._raw_stream: Callable[[int], int] | None = torch._C._cuda_getCurrentRawStream if cuda else None
-        self.capturing: Callable[[], bool] = torch._C._cuda_isCurrentStreamCapturing if cuda else _never
+        self.key: Callable[[], int] = (
+            functools.partial(torch._C._cuda_getCurrentRawStream, device.index)
+            if device.type == "cuda"
+            else functools.partial(_stream_id, device)
+        )
+        """Tells the current stream from every other one of the device; cheaper than the stream itself."""
+        self.capturing: Callable[[], bool] = (
+            torch._C._cuda_isCurrentStreamCapturing if device.type == "cuda" else _never
+        )
         """Whether a graph is captured on the calling thread's stream."""
-        driver = graph_driver() if cuda else None
+        driver = graph_driver() if device.type == "cuda" else None
         self._captures = None if driver is None else Captures(driver)
 
     def current(self) -> torch.Stream:
         """The stream that the calling thread issues work on."""
         return torch.accelerator.current_stream(self.device)
-
-    def key(self) -> int:
-        """Tells the current stream from every other one of the device; cheaper than the stream itself."""
-        if self._raw_stream is not None:
-            return self._raw_stream(self.device.index)
-        return int(self.current().stream_id)
 
     def capture(self) -> Capture | None:
         """The capture that the calling thread's stream takes part in, as far as the driver tells of it."""
@@ -101,6 +102,10 @@ class Streams:
 
 def _never() -> bool:
     return False
+
+
+def _stream_id(device: torch.device) -> int:
+    return int(torch.accelerator.current_stream(device).stream_id)
 
 
 class EventFence:

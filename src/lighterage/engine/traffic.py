@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from ..errors import OffloadError
-from ..marks import Mark, mark_of
+from ..marks import Mark, any_marks, mark_of
 from .allocation import Allocation, SavedAt, Stage, Unused
 from .lanes import Source, Transport
 from .ledger import Ledger
@@ -22,22 +22,19 @@ GATHER_BYTES = 4 << 20
 # The window is filled up again once so much of it has been used: several copies then share a pair of events.
 REFILL_AT = 0.75
 
+# Reading a member of an enum costs as much as calling a function.
+_HELD, _AWAY, _BACK = Stage.HELD, Stage.AWAY, Stage.BACK
+
 
 class StillAlive:
     """Saves whose memory was found to be held by somebody else after it was let go of: moving it frees nothing."""
 
     def __init__(self) -> None:
-        self._saves: set[SavedAt] = set()
+        self.saves: set[SavedAt] = set()
 
     def add(self, allocation: Allocation) -> None:
         for saved in allocation.saved_at:
-            self._saves.add(saved)
-
-    def __contains__(self, save: SavedAt) -> bool:
-        return save in self._saves
-
-    def __bool__(self) -> bool:
-        return bool(self._saves)
+            self.saves.add(saved)
 
 
 class Traffic:
@@ -55,6 +52,7 @@ class Traffic:
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
         self._unused = Unused()
         self._window = 0
+        self._refill_at = 0.0
 
     # --- out ------------------------------------------------------------------------------------------------------
 
@@ -65,24 +63,28 @@ class Traffic:
             return
         transport = allocation.transport
         stream = transport.stream_key()
-        if self._gathered and (
+        gathered = self._gathered
+        if gathered and (
             stream != self._gathered_on
             or transport is not self._gathered_by
-            or (self._gathered_bytes >= GATHER_BYTES and self._gathered[-1] is not allocation)
+            or (self._gathered_bytes >= GATHER_BYTES and gathered[-1] is not allocation)
         ):
             self.flush()
+            gathered = self._gathered
         self._gathered_on, self._gathered_by = stream, transport
         self._gathered_bytes += fresh
         # Saves may take turns between two allocations: each is queued once, and copied whole.
         if not allocation.gathered:
             allocation.gathered = True
-            self._gathered.append(allocation)
+            gathered.append(allocation)
 
     def flush(self) -> None:
         """Start copying what was gathered."""
         gathered, transport = self._gathered, self._gathered_by
         if gathered and transport is not None:
-            self.forget()
+            self._gathered, self._gathered_bytes, self._gathered_by = [], 0, None
+            for allocation in gathered:
+                allocation.gathered = False
             self._evict(gathered, transport)
 
     def forget(self, section: Section | None = None) -> None:
@@ -111,43 +113,48 @@ class Traffic:
                 section.undecided.append(ref)
 
     def _evict(self, allocations: Sequence[Allocation], transport: Transport) -> None:
+        marked = any_marks()
+        capture = transport.capture()
         chosen: list[Allocation] = []
+        sources: list[Source] = []
         for allocation in allocations:
-            if not allocation.pending or allocation.kept is not None:
+            pending = allocation.pending
+            if not pending or allocation.kept is not None:
                 continue
-            if mark_of(allocation.key) is Mark.NOT_OFFLOAD:
+            if marked and mark_of(allocation.key) is Mark.NOT_OFFLOAD:
                 self._stays(allocation, "mark_not_offload")
-            elif not allocation.unchanged:
+            elif allocation.alias._version != allocation.version:
                 self._stays(allocation, "changed in place after it was saved")
-            elif allocation.capture != transport.capture():
+            elif allocation.capture != capture:
                 self._stays(allocation, "the capture of a graph began or ended before it was copied out")
             else:
                 chosen.append(allocation)
+                if len(pending) > 1:
+                    pending = allocation.merge_pending()
+                storage = allocation.storage
+                assert storage is not None, "what is pending is held"
+                sources += [(storage, lo, hi) for lo, hi in pending]
         if not chosen:
             return
-        sources: list[Source] = []
-        ends: list[int] = []
-        for allocation in chosen:
-            sources += allocation.sources()
-            ends.append(len(sources))
         with torch._C._DisableTorchDispatch():
             resting = transport.evict(sources)
+        stream = transport.stream_key()
         start = 0
-        for allocation, end in zip(chosen, ends, strict=True):
-            placed = [rest for rest in resting[start:end] if rest is not None]
-            if len(placed) < end - start:
-                for rest in placed:
-                    rest.retire()
+        for allocation in chosen:
+            pending = allocation.pending
+            end = start + len(pending)
+            placed = resting[start:end]
+            start = end
+            if None in placed:
                 reason = transport.refusal or "no room at rest"
                 self._ledger.refusals[reason] += 1
                 self._stays(allocation, reason)
-            else:
-                allocation.copied(sources[start:end], placed)
-                row = allocation.row
-                for rest in placed:
-                    row.bytes_out += rest.nbytes
-                row.copies_out += len(placed)
-            start = end
+                continue
+            row = allocation.row
+            row.copies_out += len(pending)
+            for lo, hi in pending:
+                row.bytes_out += hi - lo
+            allocation.copied(placed, stream)  # type: ignore[arg-type]
 
     def _stays(self, allocation: Allocation, reason: str) -> None:
         allocation.keep(reason)
@@ -168,16 +175,19 @@ class Traffic:
             if undecided is not None and undecided.pending:
                 self._stays(undecided, "not marked")
         section.undecided = []
-        ordered: set[int] = set()
+        marked = any_marks()
+        ordered: dict[int, int] = {}
         failure: OffloadError | None = None
-        for allocation in section.live_allocations():
-            leaving = allocation.leaving
-            if leaving is None:
+        for ref in list(section.allocations.values()):
+            allocation = ref()
+            leaving = None if allocation is None else allocation.leaving
+            if allocation is None or leaving is None:
                 continue
-            if mark_of(allocation.key) is Mark.NOT_OFFLOAD:
+            if marked and mark_of(allocation.key) is Mark.NOT_OFFLOAD:
                 self._stays(allocation, "mark_not_offload")
                 continue
-            if id(leaving) not in ordered:
+            stream = ordered.get(id(leaving))
+            if stream is None:
                 try:
                     leaving.order()
                 except OffloadError as error:
@@ -187,8 +197,8 @@ class Traffic:
                         f"{error}"
                     )
                     continue
-                ordered.add(id(leaving))
-            allocation.let_go()
+                stream = ordered[id(leaving)] = allocation.transport.stream_key()
+            allocation.let_go(stream)
         if failure is not None:
             try:
                 raise failure
@@ -209,28 +219,32 @@ class Traffic:
             self._queue.clear()
             self._bring_back(away)
             return
-        later = [allocation for one in upcoming for allocation in _away(one)]
+        nbytes = sum([a.nbytes for a in away])
+        later: list[Allocation] = []
+        for one in upcoming:
+            later += _away(one)
+        later_nbytes = sum([a.nbytes for a in later])
+        self._window = max(later_nbytes, nbytes)
+        self._refill_at = REFILL_AT * self._window
         # Two sections may have saved one allocation: it comes back once.
-        wanted = {id(allocation): allocation for allocation in [*away, *later]}
-        self._window = max(sum(a.nbytes for a in later), sum(a.nbytes for a in away))
-        self._queue = collections.deque(weakref.ref(allocation) for allocation in wanted.values())
+        wanted = dict.fromkeys([*away, *later])
+        self._queue = collections.deque([weakref.ref(allocation) for allocation in wanted])
         self._pump()
 
     def _pump(self) -> None:
-        if not self._queue:
-            return
-        unused = self._unused.nbytes
-        if unused > REFILL_AT * self._window:
+        queue, window, unused = self._queue, self._window, self._unused.nbytes
+        if unused > self._refill_at:
             return
         next_ones: list[Allocation] = []
-        while self._queue:
-            allocation = self._queue[0]()
-            if allocation is not None and allocation.stage is Stage.AWAY:
-                unused += allocation.nbytes
-                if unused > self._window and unused > allocation.nbytes:
+        while queue:
+            allocation = queue[0]()
+            if allocation is not None and allocation.stage is _AWAY:
+                nbytes = allocation.nbytes
+                unused += nbytes
+                if unused > window and unused > nbytes:
                     break
                 next_ones.append(allocation)
-            self._queue.popleft()
+            queue.popleft()
         self._bring_back(next_ones)
 
     def reload(self, section: Section) -> None:
@@ -242,36 +256,40 @@ class Traffic:
             with torch.inference_mode(False):
                 self._bring_back(away)
             return
-        groups: dict[int, list[Allocation]] = {}
-        for allocation in away:
-            groups.setdefault(id(allocation.transport), []).append(allocation)
-        for group in groups.values():
+        transports = {allocation.transport for allocation in away}
+        for transport in transports:
+            group = away if len(transports) == 1 else [a for a in away if a.transport is transport]
+            assert len(set(group)) == len(group), "an allocation comes back once"
             with torch._C._DisableTorchDispatch():
-                assert len({id(allocation) for allocation in group}) == len(group), "an allocation comes back once"
-                batches = [allocation.room() for allocation in group]
-                fences = group[0].transport.restore(batches)
+                stream = transport.stream_key()
+                batches = [allocation.room(stream) for allocation in group]
+                fences = transport.restore(batches)
             for allocation, batch, fence in zip(group, batches, fences, strict=True):
-                if allocation.still_alive:
-                    allocation.row.alive.append((allocation.label, allocation.nbytes))
+                row = allocation.row
+                if allocation.storage_ref is not None and allocation.still_alive:
+                    row.alive.append((allocation.label, allocation.nbytes))
                     self.still_alive.add(allocation)
                 allocation.returning(fence, self._unused)
-                row = allocation.row
+                row.copies_in += len(batch)
                 for resting, _ in batch:
                     row.bytes_in += resting.nbytes
-                row.copies_in += len(batch)
 
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
-        with self._lock:
-            if allocation.elsewhere:
-                allocation.leave_again()
-            if allocation.stage is Stage.AWAY:
-                self._bring_back([allocation])
-            elif allocation.stage is Stage.HELD:
-                allocation.wanted = True
-                allocation.join()
-            if self._unused.use(id(allocation)) and self._queue:
-                self._pump()
+        # What is back stays back, but for captures: without the lock this may be seen too late, but not too early.
+        context = allocation.context()
+        if allocation.stage is not _BACK or allocation.unused is not None or allocation.back_in != context:
+            with self._lock:
+                if allocation.stage is _BACK and allocation.back_in != context:
+                    allocation.leave_again()
+                if allocation.stage is _AWAY:
+                    self._bring_back([allocation])
+                elif allocation.stage is _HELD:
+                    allocation.wanted = True
+                    allocation.join()
+                unused, allocation.unused = allocation.unused, None
+                if unused is not None and unused.use(id(allocation)) and self._queue:
+                    self._pump()
         tensor, wait = allocation.use(spec)
         if wait is not None:
             with self._lock:
@@ -281,4 +299,5 @@ class Traffic:
 
 def _away(section: Section) -> list[Allocation]:
     """What `section` saved and what is away, what it saved last first: backward needs that first."""
-    return [a for a in section.live_allocations() if a.stage is Stage.AWAY][::-1]
+    refs = reversed(section.allocations.values())
+    return [a for ref in refs if (a := ref()) is not None and a.stage is _AWAY]

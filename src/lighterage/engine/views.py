@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import collections
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,7 +12,7 @@ class ViewSpec(NamedTuple):
 
     >>> x = torch.arange(6.0).view(2, 3)
     >>> view = x.t()[1:]
-    >>> spec = describe(view, *byte_range(view))
+    >>> spec = describe(view, view.nbytes)
     >>> (spec.lo, spec.hi, tuple(spec.size), spec.stride)
     (4, 24, (2, 2), (1, 3))
     """
@@ -27,16 +26,8 @@ class ViewSpec(NamedTuple):
     """One past the last byte that an element of the view touches."""
     conj: bool
     neg: bool
-
-    def fills(self, lo: int, hi: int) -> bool:
-        """Whether bytes [lo, hi) are all of the view's, and just what a contiguous tensor of its size takes."""
-        return (
-            lo == self.lo
-            and hi == self.hi
-            and lo < hi
-            and self.dtype in _PLAIN
-            and self.size.numel() * self.dtype.itemsize == hi - lo
-        )
+    dense: bool
+    """Whether there are bytes [lo, hi), and they are just what a contiguous tensor of this size and type takes."""
 
 
 _PLAIN = frozenset(
@@ -44,61 +35,55 @@ _PLAIN = frozenset(
 )
 
 
-def byte_range(tensor: torch.Tensor) -> tuple[int, int]:
-    """The bytes [lo, hi) of its storage that the elements of a strided tensor lie in."""
-    lo = int(tensor.storage_offset()) * tensor.itemsize
+def byte_range(tensor: torch.Tensor, nbytes: int) -> tuple[int, int]:
+    """The bytes [lo, hi) of its storage that the elements of a strided tensor of `nbytes` lie in."""
+    lo = int(tensor.storage_offset())
+    if lo:
+        lo *= tensor.itemsize
     if tensor.is_contiguous():
-        return lo, lo + tensor.nbytes
-    if tensor.numel() == 0:
+        return lo, lo + nbytes
+    if nbytes == 0:
         return lo, lo
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     return lo, lo + (1 + last) * tensor.itemsize
 
 
-def describe(tensor: torch.Tensor, lo: int, hi: int) -> ViewSpec:
-    """The view spec of a strided tensor; [lo, hi) is its `byte_range`."""
+def describe(tensor: torch.Tensor, nbytes: int) -> ViewSpec:
+    """The view spec of a strided tensor of `nbytes`."""
+    dtype, neg = tensor.dtype, tensor.is_neg()
+    conj = dtype not in _PLAIN and tensor.is_conj()
+    if tensor.is_contiguous():
+        lo = int(tensor.storage_offset())
+        if lo:
+            lo *= tensor.itemsize
+        hi = lo + nbytes
+        dense = nbytes > 0 and not neg and dtype in _PLAIN
+    else:
+        lo, hi = byte_range(tensor, nbytes)
+        dense = False
     # tuple's own constructor: on the hottest path there is, that of a named tuple costs twice as much.
-    return tuple.__new__(
-        ViewSpec, (tensor.dtype, tensor.shape, tensor.stride(), lo, hi, tensor.is_conj(), tensor.is_neg())
-    )
+    return _new_tuple(ViewSpec, (dtype, tensor.shape, tensor.stride(), lo, hi, conj, neg, dense))
 
 
-class Ground:
-    """Device memory that saved tensors are rebuilt over, all of them views of one tensor, or that tensor itself.
+_new_tuple = tuple.__new__
 
-    So they share a version counter, as the tensors that were saved did: what a backward writes into one of them is
-    noticed when the next is asked for.
+
+def rebuild(memory: torch.Tensor, spec: ViewSpec, shift: int) -> torch.Tensor:
+    """The tensor that `spec` describes, over contiguous `memory`, of which byte `shift` is byte 0 of the allocation.
+
+    All that is rebuilt over one tensor shares its version counter, as the tensors that were saved shared theirs: what
+    a backward writes into one of them is noticed when the next is asked for.
     """
-
-    __slots__ = ("_is", "_version", "memory")
-
-    def __init__(self, memory: torch.Tensor, spec: ViewSpec | None = None) -> None:
-        """`memory` is contiguous. With `spec` it was allocated for that view, and may be the view by itself."""
-        self.memory = memory
-        self._version = memory._version
-        self._is = None
-        if spec is not None and not spec.conj and not spec.neg and memory.stride() == spec.stride:
-            self._is = spec
-
-    @property
-    def num_changes(self) -> int:
-        """How often something was written through a rebuilt tensor."""
-        return self.memory._version - self._version
-
-    def rebuild(self, spec: ViewSpec, shift: int) -> torch.Tensor:
-        """The tensor that `spec` describes; byte 0 of the allocation lies at byte `shift` of the memory."""
-        whole = self.memory
-        if spec == self._is:
-            return whole
-        if spec.dtype is not whole.dtype:
-            whole = as_bytes(whole)
-            itemsize = spec.dtype.itemsize
-            odd = whole.numel() % itemsize
-            whole = (whole[: whole.numel() - odd] if odd else whole).view(spec.dtype)
-        tensor = whole.as_strided(spec.size, spec.stride, (spec.lo + shift) // spec.dtype.itemsize)
-        if spec.conj:
-            tensor = torch._conj(tensor)
-        return torch._neg_view(tensor) if spec.neg else tensor
+    dtype = spec.dtype
+    whole = memory
+    if dtype is not memory.dtype:
+        whole = as_bytes(memory)
+        odd = whole.numel() % dtype.itemsize
+        whole = (whole[: whole.numel() - odd] if odd else whole).view(dtype)
+    tensor = whole.as_strided(spec.size, spec.stride, (spec.lo + shift) // dtype.itemsize)
+    if spec.conj:
+        tensor = torch._conj(tensor)
+    return torch._neg_view(tensor) if spec.neg else tensor
 
 
 def byte_view(storage: torch.UntypedStorage, lo: int, hi: int) -> torch.Tensor:
@@ -113,58 +98,41 @@ def as_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype is torch.uint8 and tensor.dim() == 1 else tensor.view(-1).view(torch.uint8)
 
 
-class InPlaceWatch:
-    """The version counter of a saved tensor, without its memory.
+# Note [Watching without holding]
+# Whether a saved tensor was changed in place is told by its version counter, which a detached alias shares. Its data is
+# then swapped for an empty tensor, so that the alias holds no bytes: `emptied_alias` is the counter alone.
 
-    A detached alias shares the counter; its data is then swapped for an empty tensor, so that it holds no bytes.
+_EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+def emptied_alias(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor without memory that shares the version counter of `tensor`; see Note [Watching without holding]."""
+    alias = tensor.detach()
+    try:
+        alias.data = _EMPTY
+    except RuntimeError:  # memory of some devices changes places only with memory of the same
+        alias.data = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias
+
+
+def share_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether `a` and `b` have one version counter, rather than two that show the same number.
+
+    PyTorch has no question for that; so the counter of `a` is moved by one for a moment, and put back.
     """
+    now = a._version
+    bump = torch._C._autograd._unsafe_set_version_counter
+    bump((a,), (now + 1,))
+    try:
+        return b._version == now + 1
+    finally:
+        bump((a,), (now,))
 
-    __slots__ = ("_alias", "version")
 
-    # By the device's index, which is -1 for the CPU, and dtype.
-    _EMPTY: ClassVar[dict[int, dict[torch.dtype, torch.Tensor]]] = collections.defaultdict(dict)
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        alias = tensor.detach()
-        of_device = self._EMPTY[tensor.get_device()]
-        empty = of_device.get(tensor.dtype)
-        if empty is None:
-            with torch.inference_mode(False):
-                empty = of_device[tensor.dtype] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        alias.data = empty
-        self._alias = alias
-        self.version = alias._version
-
-    @classmethod
-    def of_wrapper(cls, tensor: torch.Tensor) -> InPlaceWatch:
-        """The watch of a wrapper subclass: the outer counter is the one that PyTorch checks."""
-        watch = cls.__new__(cls)
-        with torch._C._DisableTorchDispatch():
-            watch._alias = tensor.detach()
-        watch.version = tensor._version
-        return watch
-
-    def shared_with(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor` has this very counter, rather than one of its own that shows the same number.
-
-        PyTorch has no question for that; so this one is moved by one for a moment, and put back.
-        """
-        now = self._alias._version
-        bump = torch._C._autograd._unsafe_set_version_counter
-        bump((self._alias,), (now + 1,))
-        try:
-            return tensor._version == now + 1
-        finally:
-            bump((self._alias,), (now,))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._alias.dtype
-
-    @property
-    def now(self) -> int:
-        """The counter as it is now."""
-        return self._alias._version
+def counter_of_wrapper(tensor: torch.Tensor) -> torch.Tensor:
+    """An alias of a wrapper subclass with the outer version counter, which is the one that PyTorch checks."""
+    with torch._C._DisableTorchDispatch():
+        return tensor.detach()
 
 
 def changed_in_place(kind: str, size: torch.Size, version: int, now: int, section: str) -> RuntimeError:

@@ -1,0 +1,135 @@
+"""What was measured of one training step: its phases, and what each section saved."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+Direction = Literal["forward", "backward", "other"]
+"""What a phase does: the forward or the backward of one section, or work of the step that belongs to no section."""
+
+Kind = Literal["input", "product", "pointwise", "other"]
+"""What a saved allocation is to selective recomputation.
+
+`"input"`: what the section was given; it has to be there to compute the section again. `"product"`: the result of a matrix
+product or of attention; dear to compute. `"pointwise"`: anything that is cheap to compute from the others. `"other"`: of
+unknown origin; treated like a product.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Use:
+    """When backward reads an allocation."""
+
+    section: int
+    """Index of the section in whose backward phase it is read."""
+
+    first_ms: float
+    """From the start of that phase to the first read."""
+
+    last_ms: float
+    """From the start of that phase to the last read, after which the allocation is dead unless a later use follows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedAllocation:
+    """One allocation that a section saved first, and how long backward needs it."""
+
+    save: int
+    """The number of the save within its section that brought it, from 1: the same in every step of the same model."""
+
+    nbytes: int
+    """Bytes that autograd saved of it: what travels if it is moved."""
+
+    held_bytes: int
+    """Device memory that goes free when it is let go of; at least `nbytes`."""
+
+    born_ms: float
+    """From the start of its section's forward phase to the save."""
+
+    uses: tuple[Use, ...]
+    """In the order of backward. Empty: backward never read it, and it lived until the step's end."""
+
+    kind: Kind = "other"
+
+    label: str = ""
+    """Shape and dtype, for people and for rules: `(8192, 4096) bfloat16`."""
+
+    kept: str | None = None
+    """Why it has to stay on the device whatever the plan says (a mark, a parameter), or None."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SectionRecord:
+    """One run of one section: one forward pass of one module for one microbatch, or what is saved between two."""
+
+    name: str
+    """What the report calls it; rules match it."""
+
+    gap: bool = False
+    """Whether it is what the model's forward saved between two sections: then it cannot be computed again."""
+
+    allocations: tuple[SavedAllocation, ...] = ()
+    """In the order of their saves. An allocation that several sections saved belongs to the first of them."""
+
+    not_recomputed: str | None = None
+    """Why the section must not be computed again (its forward changes a buffer, say), or None."""
+
+    selective_ms: float | None = None
+    """Time to compute again all but products and attention. None: not known, so that it is not considered."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of the step on the compute stream, from one boundary to the next."""
+
+    direction: Direction
+    section: int | None
+    """Index into `Timeline.sections`; None for `"other"`."""
+
+    ms: float
+    """How long it takes without any wait for a copy."""
+
+    work_bytes: int
+    """The most device memory in it beside the recorded allocations that are alive: weights, gradients, temporaries."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """One step of a model as it was measured, with nothing moved or as if nothing were."""
+
+    sections: tuple[SectionRecord, ...]
+    """In the order of forward."""
+
+    phases: tuple[Phase, ...]
+    """In the order of the step. Each section has one forward phase and at most one backward phase: microbatches are
+    sections of their own, so pipeline schedules need no other form."""
+
+    device: str = ""
+    """The device's name, for people."""
+
+    device_bytes: int | None = None
+    """Memory of the device, or None where that is not known."""
+
+    measured_peak_bytes: int | None = None
+    """The peak of the measured step as the device's allocator tells it, for comparison; None where it cannot tell."""
+
+    @property
+    def step_ms(self) -> float:
+        """The step without any wait."""
+        return sum(phase.ms for phase in self.phases)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Link:
+    """How fast bytes travel between the device and where they rest."""
+
+    out_bytes_per_s: float
+    in_bytes_per_s: float
+    both_bytes_per_s: float
+    """In total, while both directions are busy."""
+
+    copy_us: float = 5.0
+    """What a copy costs the lane beside its bytes."""
+
+    name: str = ""
