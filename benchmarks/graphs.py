@@ -176,9 +176,9 @@ class Early(nn.Module):
 
 
 class Beside:
-    """Replays on a side stream, and a kernel of the main stream that fills at most half of the multiprocessors.
+    """A replay on a side stream, and a kernel of the main stream that fills at most half of the multiprocessors.
 
-    The caller's stream waits for a replay, so the main stream stays free in one of two ways: the caller is on a third
+    The caller's stream waits for the replay, so the main stream stays free in one of two ways: the caller is on a third
     stream, or the graph itself records the event that the caller's stream waits for.
     """
 
@@ -198,27 +198,31 @@ class Beside:
         self.loops = 1000
         self._fill = fill
 
-    def start(self) -> None:
-        caller = self.main if self.early else self.third
-        caller.wait_stream(self.main)
-        with torch.cuda.stream(caller):
+    def _replay(self) -> None:
+        with torch.cuda.stream(self.main if self.early else self.third):
             self.graphed(*self.args, cuda_graph_stream=self.side, cuda_graph_event=self.event)
 
-    def replays(self) -> None:
-        self.start()
+    def replay(self) -> None:
+        self.third.wait_stream(self.main)
+        self._replay()
         self.main.wait_stream(self.side)
 
     def kernel(self) -> None:
         self._fill(self.loops, self.num_programs)
 
     def both(self) -> None:
-        self.start()
-        self.kernel()
+        self.third.wait_stream(self.main)
+        if self.early:
+            self._replay()
+            self.kernel()
+        else:
+            self.kernel()
+            self._replay()
         self.main.wait_stream(self.side)
 
     def calibrate(self) -> None:
-        """Let the kernel take as long as the replays."""
-        wanted = statistics.median(milliseconds(self.replays) for _ in range(10))
+        """Let the kernel take as long as the replay."""
+        wanted = statistics.median(milliseconds(self.replay) for _ in range(10))
         for _ in range(3):
             taken = statistics.median(milliseconds(self.kernel) for _ in range(5))
             self.loops = max(1, round(self.loops * wanted / taken))
@@ -233,7 +237,7 @@ def overlap(rounds: int) -> Iterator[Row]:
     for way in WAYS:
         beside = Beside(way)
         beside.calibrate()
-        found = by_turns({"replay": beside.replays, "kernel": beside.kernel, "both": beside.both}, 2 * rounds)
+        found = by_turns({"replay": beside.replay, "kernel": beside.kernel, "both": beside.both}, 2 * rounds)
         moved = beside.offloader.stats(total=True).bytes_out
         yield {"way": way, "num_programs": beside.num_programs, **found, "bytes_out": moved}
         beside.offloader.close()
