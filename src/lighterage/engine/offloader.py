@@ -207,6 +207,7 @@ class Offloader:
             if not self._live:
                 self._residents.refresh()
             index = section.index = self._order.created(section.name)
+            section.capture = self._packer.capture()
             self._ledger.step.rows.append(section.row)
             self._live[index] = weakref.ref(section, self._when_over(self._ledger.num_steps, index))
 
@@ -278,6 +279,8 @@ class Offloader:
             if wanted:
                 live = {index: s for index, ref in self._live.items() if (s := ref()) is not None}
                 for upcoming in self._order.upcoming(section.index, live):
+                    if upcoming.capture != section.capture:
+                        continue  # its bytes are there only after a replay of another graph
                     ahead.append(upcoming)
                     wanted -= not upcoming.gap
                     if not wanted:

@@ -30,6 +30,7 @@ class Section:
         "__weakref__",
         "allocations",
         "by_hand",
+        "capture",
         "ended_at",
         "gap",
         "index",
@@ -53,6 +54,8 @@ class Section:
         """Whether it is evicted and released on request alone."""
         self.keep_reason = keep_reason
         """Why all that it saves stays on the device, or None."""
+        self.capture = 0
+        """The graph in whose capture it saved, or 0."""
         self.open = True
         self.visited = False
         self.index: int | None = None
