@@ -9,3 +9,14 @@ class OffloadError(RuntimeError):
 
 class GraphError(RuntimeError):
     """A CUDA graph could not be captured, or was to be replayed over bytes that are still needed or gone already."""
+
+
+class BudgetError(OffloadError):
+    """No plan keeps the step within the device budget that was asked for.
+
+    `smallest_bytes` is the smallest peak that a plan was found for.
+    """
+
+    def __init__(self, message: str, *, smallest_bytes: int) -> None:
+        super().__init__(message)
+        self.smallest_bytes = smallest_bytes

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
+
+from . import json_form
 
 Mode = Literal["save", "selective", "recompute"]
 """How a section's backward gets what it needs.
 
-`"save"`: all of it is saved, on the device or away. `"selective"`: products and attention are saved, the rest is computed
-again. `"recompute"`: the section's inputs alone are saved, and its forward runs again.
+`"save"`: all of it is saved, on the device or away. `"selective"`: products and attention are saved, the rest is
+computed again. `"recompute"`: the section's inputs alone are saved, and its forward runs again.
 """
 
 
@@ -59,3 +61,24 @@ class Plan:
 
     why: str = ""
     """What the plan as a whole is for, or why it moves nothing."""
+
+    @property
+    def num_moves(self) -> int:
+        """Allocations that leave the device."""
+        return sum(len(section.moves) for section in self.sections)
+
+    def to_json(self) -> str:
+        """This plan as text that `from_json` reads."""
+        return json_form.write(self, "plan")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no plan, of another version, or damaged.
+        """
+        return json_form.read(cls, "plan", text)
+
+    def __str__(self) -> str:
+        return "\n".join([self.why, *(f"{section.name}: {section.why}" for section in self.sections)])

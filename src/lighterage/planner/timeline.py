@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, Self
+
+from . import json_form
 
 Direction = Literal["forward", "backward", "other"]
 """What a phase does: the forward or the backward of one section, or work of the step that belongs to no section."""
@@ -11,9 +13,9 @@ Direction = Literal["forward", "backward", "other"]
 Kind = Literal["input", "product", "pointwise", "other"]
 """What a saved allocation is to selective recomputation.
 
-`"input"`: what the section was given; it has to be there to compute the section again. `"product"`: the result of a matrix
-product or of attention; dear to compute. `"pointwise"`: anything that is cheap to compute from the others. `"other"`: of
-unknown origin; treated like a product.
+`"input"`: what the section was given; it has to be there to compute the section again. `"product"`: the result of a
+matrix product or of attention; dear to compute. `"pointwise"`: anything that is cheap to compute from the others.
+`"other"`: of unknown origin; treated like a product.
 """
 
 
@@ -54,6 +56,9 @@ class SavedAllocation:
 
     label: str = ""
     """Shape and dtype, for people and for rules: `(8192, 4096) bfloat16`."""
+
+    module: str = ""
+    """Where inside the section it was saved, dotted as in `named_modules`; "" for the section itself. For rules."""
 
     kept: str | None = None
     """Why it has to stay on the device whatever the plan says (a mark, a parameter), or None."""
@@ -96,7 +101,11 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """One step of a model as it was measured, with nothing moved or as if nothing were."""
+    """One step of a model as it was measured, with nothing moved or as if nothing were.
+
+    Raises:
+        ValueError: its parts do not fit together; the message names the part.
+    """
 
     sections: tuple[SectionRecord, ...]
     """In the order of forward."""
@@ -114,10 +123,26 @@ class Timeline:
     measured_peak_bytes: int | None = None
     """The peak of the measured step as the device's allocator tells it, for comparison; None where it cannot tell."""
 
+    def __post_init__(self) -> None:
+        _check(self)
+
     @property
     def step_ms(self) -> float:
         """The step without any wait."""
         return sum(phase.ms for phase in self.phases)
+
+    def to_json(self) -> str:
+        """This timeline as text that `from_json` reads."""
+        return json_form.write(self, "timeline")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no timeline, of another version, or damaged.
+        """
+        return json_form.read(cls, "timeline", text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,3 +158,61 @@ class Link:
     """What a copy costs the lane beside its bytes."""
 
     name: str = ""
+
+    def __post_init__(self) -> None:
+        rates = (self.out_bytes_per_s, self.in_bytes_per_s, self.both_bytes_per_s)
+        if not all(0 < rate < float("inf") for rate in rates) or not self.copy_us >= 0:
+            raise ValueError(f"a link carries some bytes each way, and a copy takes no negative time; got {self}.")
+
+    def to_json(self) -> str:
+        """This link as text that `from_json` reads."""
+        return json_form.write(self, "link")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote.
+
+        Raises:
+            ValueError: the text is no link, of another version, or damaged.
+        """
+        return json_form.read(cls, "link", text)
+
+
+def _check(timeline: Timeline) -> None:
+    count = len(timeline.sections)
+    forward: dict[int, int] = {}
+    backward: dict[int, int] = {}
+    for index, phase in enumerate(timeline.phases):
+        where = f"phase {index} of the timeline"
+        if not 0 <= phase.ms < float("inf") or phase.work_bytes < 0:
+            raise ValueError(f"{where} cannot take {phase.ms} ms and {phase.work_bytes} bytes: neither is negative.")
+        if (phase.section is None) != (phase.direction == "other"):
+            raise ValueError(f'{where} is {phase.direction} of section {phase.section}; only "other" has no section.')
+        if phase.section is None:
+            continue
+        if not 0 <= phase.section < count:
+            raise ValueError(f"{where} names section {phase.section}, and there are {count} sections, from 0.")
+        seen = forward if phase.direction == "forward" else backward
+        if seen.setdefault(phase.section, index) != index:
+            name = timeline.sections[phase.section].name
+            raise ValueError(
+                f"{where} is a second {phase.direction} of section {phase.section} ({name}). Another run of the "
+                "module is a section of its own."
+            )
+    for index, section in enumerate(timeline.sections):
+        if index not in forward:
+            raise ValueError(f"section {index} ({section.name}) has no forward phase in the timeline.")
+        if backward.get(index, len(timeline.phases)) < forward[index]:
+            raise ValueError(f"section {index} ({section.name}) has its backward phase before its forward phase.")
+        saves = {allocation.save for allocation in section.allocations}
+        if len(saves) != len(section.allocations):
+            raise ValueError(f"section {index} ({section.name}) has two allocations of the same save.")
+        for allocation in section.allocations:
+            where = f"save {allocation.save} of section {index} ({section.name})"
+            if not 0 <= allocation.nbytes <= allocation.held_bytes:
+                raise ValueError(f"{where} moves {allocation.nbytes} of {allocation.held_bytes} bytes; at most all.")
+            for use in allocation.uses:
+                if use.section not in backward:
+                    raise ValueError(f"{where} is used in backward of section {use.section}, which has no such phase.")
+                if backward[use.section] < forward[index] or not use.first_ms <= use.last_ms:
+                    raise ValueError(f"{where} has a use that ends before it begins: {use}.")

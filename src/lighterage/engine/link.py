@@ -1,0 +1,144 @@
+"""Measures, in a moment, how fast bytes leave a device and come back."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+
+from ..planner.timeline import Link
+from .disk import DiskStore
+from .units import KIB, MIB
+
+_LARGE = 16 * MIB
+_SMALL = 64 * KIB
+_ROUNDS = 3
+
+
+def measure_link(
+    device: torch.device, tier: Literal["host", "disk"] | None = None, disk_dir: str | os.PathLike[str] | None = None
+) -> Link:
+    """The link between `device` and `tier`, measured with a few MiB in well under a second.
+
+    `tier`: None for the one that is used unless another is named: disk for a CPU, the host for anything else. On an
+    accelerator the lanes are streams of their own and host memory is pinned (CUDA) or not (others); the device is
+    waited for. The disk tier is measured with a file of its own; the system's page cache is part of it.
+
+    Raises:
+        OffloadError: the disk tier's file cannot be made, written or read.
+    """
+    device = torch.device(device)
+    tier = tier or ("disk" if device.type == "cpu" else "host")
+    name = f"{device.type} and {tier}"
+    if tier == "host":
+        return _memory(name) if device.type == "cpu" else _lanes(device, name)
+    disk = _disk(disk_dir, name)
+    if device.type == "cpu":
+        return disk
+    # Two hops at once: the slower one counts.
+    link = _lanes(device, name)
+    return Link(
+        out_bytes_per_s=min(link.out_bytes_per_s, disk.out_bytes_per_s),
+        in_bytes_per_s=min(link.in_bytes_per_s, disk.in_bytes_per_s),
+        both_bytes_per_s=min(link.both_bytes_per_s, disk.both_bytes_per_s),
+        copy_us=link.copy_us + disk.copy_us,
+        name=name,
+    )
+
+
+class Lanes:
+    """Buffers and streams to time copies of an accelerator with. Gives its memory back when it goes."""
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self._device = device
+        pinned = device.type == "cuda"
+        self._here = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._there = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)]
+        self._streams = [torch.Stream(device) for _ in range(2)]
+
+    def seconds(self, nbytes: int, *, out: int = 0, back: int = 0) -> float:
+        """Wall time of `out` copies out and `back` copies in of `nbytes` each, both lanes at once."""
+        before = torch.accelerator.current_stream(self._device)
+        torch.accelerator.synchronize(self._device)
+        start = time.perf_counter()
+        try:
+            # In turn, so that neither lane has begun long before the other.
+            for number in range(max(out, back)):
+                if number < out:
+                    torch.accelerator.set_stream(self._streams[0])
+                    self._there[0][:nbytes].copy_(self._here[0][:nbytes], non_blocking=True)
+                if number < back:
+                    torch.accelerator.set_stream(self._streams[1])
+                    self._here[1][:nbytes].copy_(self._there[1][:nbytes], non_blocking=True)
+        finally:
+            torch.accelerator.set_stream(before)
+        torch.accelerator.synchronize(self._device)
+        return time.perf_counter() - start
+
+    def rate(self, nbytes: int, *, out: int = 0, back: int = 0, rounds: int = _ROUNDS) -> float:
+        """Bytes a second, the median of `rounds`."""
+        times = [self.seconds(nbytes, out=out, back=back) for _ in range(rounds)]
+        return nbytes * (out + back) / max(statistics.median(times), 1e-9)
+
+
+def _lanes(device: torch.device, name: str) -> Link:
+    # Pools and streams are per device: the calling thread's own device comes back whatever happens.
+    anywhere = device == torch.device(device.type)
+    index = torch.accelerator.current_device_index() if anywhere else device.index
+    with torch.accelerator.device_index(index):
+        lanes = Lanes(device, _LARGE)
+        lanes.seconds(_LARGE, out=1, back=1)  # the first copy of a process makes what copies need
+        out = lanes.rate(_LARGE, out=4)
+        back = lanes.rate(_LARGE, back=4)
+        both = lanes.rate(_LARGE, out=4, back=4)
+        small_s = min(lanes.seconds(_SMALL, out=16) for _ in range(_ROUNDS)) / 16
+    return _link(name, out, back, both, small_s)
+
+
+def _disk(disk_dir: str | os.PathLike[str] | None, name: str) -> Link:
+    store = DiskStore(disk_dir, budget=None)
+    try:
+        data = torch.zeros(_LARGE, dtype=torch.uint8)
+        extent = store.acquire(_LARGE)
+        assert extent is not None, "a store without a budget refuses nothing"
+        store.write(extent, data)  # the first write finds the blocks of the file
+        write_s, _ = _seconds(lambda: store.write(extent, data))
+        read_s, _ = _seconds(lambda: store.read(extent, data))
+        _, small_s = _seconds(lambda: store.write(extent, data[:_SMALL]))
+        extent.retire()
+    finally:
+        store.close()
+    return _link(name, _LARGE / write_s, _LARGE / read_s, 2 * _LARGE / (write_s + read_s), small_s)
+
+
+def _memory(name: str) -> Link:
+    here, there = (torch.zeros(_LARGE, dtype=torch.uint8) for _ in range(2))
+    copy_s, _ = _seconds(lambda: there.copy_(here))
+    _, small_s = _seconds(lambda: there[:_SMALL].copy_(here[:_SMALL]))
+    return _link(name, _LARGE / copy_s, _LARGE / copy_s, _LARGE / copy_s, small_s)
+
+
+def _seconds(work: Callable[[], object]) -> tuple[float, float]:
+    """Median and least time of `work`."""
+    times = []
+    for _ in range(_ROUNDS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return max(statistics.median(times), 1e-9), min(times)
+
+
+def _link(name: str, out: float, back: float, both: float, small_s: float) -> Link:
+    """`small_s`: of one small copy out. What its bytes do not account for is what a copy costs beside them."""
+    return Link(
+        out_bytes_per_s=out,
+        in_bytes_per_s=back,
+        # Clocks are coarse: together the lanes carry no less than one of them, and no more than both.
+        both_bytes_per_s=min(max(both, out, back), out + back),
+        copy_us=max((small_s - _SMALL / out) * 1e6, 0.0),
+        name=name,
+    )

@@ -1,0 +1,147 @@
+"""Makes a plan: the fastest within a budget, or the smallest at a price."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ..errors import BudgetError
+from .coarse import Coarse, coarsen
+from .figures import size
+from .frontier import Frontier, Point
+from .goal import Choices, Goal, choices
+from .layout import lay_out
+from .plan import Fetch, Move, Plan, SectionPlan
+from .postpone import postpone
+from .run import Run
+from .schedule import Pace, Schedule
+from .search import Search
+from .simulate import simulate
+from .timeline import Link, Timeline
+from .why import explain
+
+_EFFORT = 250_000
+"""Of a search, in items and phases that its runs pass. It bounds the time without a look at the clock, which would make
+plans differ from run to run."""
+
+_TRIES = 4
+
+_LEAST_GAIN = 0.005
+"""Of the peak: a plan that frees less than this is not worth the copies."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """The frontier of a timeline, and how to make plans of its points."""
+
+    timeline: Timeline
+    link: Link
+    search: Search
+    frontier: Frontier
+    coarse: Coarse
+
+    def plan_of(self, point: Point) -> tuple[Plan, float]:
+        """The decisions of `point` for every allocation, without its reasons; and the milliseconds of their step."""
+        layout = lay_out(self.timeline, point.modes)
+        places = self.coarse.places
+        at = [places[item.section, item.allocation.save] for item in layout.items]
+        moved = [place in point.moved for place in at]
+        lazy, must = (
+            {index for index, place in enumerate(at) if place in these} for these in (point.lazy, self.search.must)
+        )
+        # Anew, for what was grouped: members are not all saved at once. What one of them may hold, all of them did.
+        schedule = Schedule(
+            layout, self.link, moved, limit_bytes=point.limit_bytes, pace=point.pace, lazy=lazy, must=must
+        )
+        run = Run(layout, self.link, moved)
+        run.go(schedule)
+        moves: list[list[Move]] = [[] for _ in self.timeline.sections]
+        for index, item in enumerate(layout.items):
+            # What was never let go of need not travel.
+            if moved[index] and schedule.released[index] >= 0:
+                after = schedule.released[index] - item.birth[0]
+                moves[item.section].append(Move(save=item.allocation.save, release_after=after))
+        fetches = tuple(
+            tuple(Fetch(section=layout.items[i].section, save=layout.items[i].allocation.save) for i in row)
+            for row in schedule.rows
+        )
+        sections = tuple(
+            SectionPlan(name=section.name, mode=mode, moves=tuple(each))
+            for section, mode, each in zip(self.timeline.sections, point.modes, moves, strict=True)
+        )
+        return Plan(sections=sections, fetches=fetches), run.now_ms
+
+
+def find(timeline: Timeline, link: Link, allowed: Choices) -> Found:
+    """The frontier of `timeline` over `link`."""
+    coarse = coarsen(timeline, allowed)
+    search = Search(coarse.timeline, link, coarse.choices, effort=_EFFORT if coarse.is_exact else _EFFORT // 2)
+    return Found(timeline, link, search, search.go(), coarse)
+
+
+def nothing(timeline: Timeline) -> Plan:
+    """The plan in which everything stays."""
+    return Plan(
+        sections=tuple(SectionPlan(name=section.name) for section in timeline.sections),
+        fetches=((),) * len(timeline.phases),
+    )
+
+
+def plan(timeline: Timeline, link: Link, goal: Goal) -> Plan:
+    """What to keep, to move and to compute again, and when, so that `goal` is reached over `link`.
+
+    Nothing is random, and nothing depends on the clock: equal arguments give equal plans.
+
+    Raises:
+        BudgetError: no plan keeps the peak within `goal.device_budget`; it names the smallest that was found.
+        ValueError: a rule of the goal matches nothing, or cannot be followed.
+    """
+    allowed = choices(timeline, goal)
+    kept = nothing(timeline)
+    before = _kept_peak(timeline, link)
+    free = not any(rule[1] != "keep" for rule in goal.rules)
+    if free and goal.device_budget is not None and before <= goal.device_budget:
+        return explain(timeline, link, goal, kept, before, None)
+    found = find(timeline, link, allowed)
+    if goal.device_budget is not None:
+        point = found.frontier.within(goal.device_budget)
+        if point is None:
+            raise _too_little(goal.device_budget, found, before)
+        made, _ = found.plan_of(point)
+    else:
+        assert goal.max_slowdown is not None
+        made = _at_price(found, timeline.step_ms * (1 + goal.max_slowdown))
+    made, after = postpone(timeline, link, made, simulate(timeline, made, link))
+    if free and goal.max_slowdown is not None and after.peak_bytes > before * (1 - _LEAST_GAIN):
+        return explain(timeline, link, goal, kept, before, None)
+    return explain(timeline, link, goal, made, before, after)
+
+
+def _kept_peak(timeline: Timeline, link: Link) -> int:
+    layout = lay_out(timeline, ["save"] * len(timeline.sections))
+    run = Run(layout, link, [False] * len(layout.items))
+    run.go(Schedule(layout, link, run.moved, limit_bytes=0, pace=Pace()))
+    return run.peak_bytes
+
+
+def _at_price(found: Found, most_ms: float) -> Plan:
+    """The smallest step of at most `most_ms`, or the fastest there is."""
+    allowed_ms = most_ms
+    for _ in range(_TRIES):
+        point = found.frontier.at_price(allowed_ms) or next(iter(found.frontier))
+        made, ms = found.plan_of(point)
+        if ms <= most_ms + 1e-6:
+            break
+        # The groups promised more than their members keep.
+        allowed_ms = min(allowed_ms - 1.5 * (ms - most_ms), point.ms - 1e-3)
+    return made
+
+
+def _too_little(budget: int, found: Found, before: int) -> BudgetError:
+    smallest = list(found.frontier)[-1]
+    return BudgetError(
+        f"no plan keeps the step within device_budget={size(budget)}; the smallest peak that was found is "
+        f"{size(smallest.peak_bytes)} ({smallest.peak_bytes} bytes) at {smallest.ms / found.timeline.step_ms:.2f} "
+        f"times the step, and with nothing moved it is {size(before)}. Raise the budget "
+        "to that, or take smaller batches.",
+        smallest_bytes=smallest.peak_bytes,
+    )

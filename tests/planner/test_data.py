@@ -1,0 +1,102 @@
+"""Timelines, plans and links as data: JSON both ways, and what does not fit together is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import pytest
+
+from lighterage.planner.choose import plan
+from lighterage.planner.goal import Goal
+from lighterage.planner.plan import Plan
+from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
+from tests.planner import oracle
+from tests.planner.decoder import GIB, LINK, decoder
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_json_gives_back_what_it_was_given(seed):
+    rng = random.Random(seed)
+    timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
+    made = oracle.random_plan(rng, timeline)
+    assert Timeline.from_json(timeline.to_json()) == timeline
+    assert Link.from_json(link.to_json()) == link
+    assert Plan.from_json(made.to_json()) == made
+
+
+def test_json_keeps_what_people_read():
+    made = plan(decoder(3), LINK, Goal(device_budget=9 * GIB))
+    assert Plan.from_json(made.to_json()) == made
+    timeline = dataclasses.replace(decoder(2), device_bytes=80 * GIB, measured_peak_bytes=None)
+    assert Timeline.from_json(timeline.to_json()) == timeline
+
+
+def _changed(text: str, **fields: object) -> str:
+    return json.dumps({**json.loads(text), **fields})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "damaged or no JSON"),
+        (LINK.to_json()[:-20], "damaged or no JSON"),
+        ("[1]", "JSON without"),
+        ('{"out_bytes_per_s": 1}', "JSON without"),
+        (decoder(1).to_json(), "a link was asked for, and this is a timeline"),
+        (_changed(LINK.to_json(), version=9), "version 9, and this lighterage reads version 1"),
+        (_changed(LINK.to_json(), speed=1), "has no field 'speed'"),
+        (_changed(LINK.to_json(), name=3), r"link\.name is str; got 3"),
+        (_changed(LINK.to_json(), out_bytes_per_s=True), r"link\.out_bytes_per_s is float; got true"),
+        (_changed(LINK.to_json(), out_bytes_per_s=-1), "carries some bytes each way"),
+    ],
+)
+def test_a_foreign_or_damaged_file_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Link.from_json(text)
+
+
+def test_a_fault_deep_inside_is_named_with_its_place():
+    data = json.loads(decoder(2).to_json())
+    data["sections"][1]["allocations"][3]["uses"][0]["first_ms"] = "soon"
+    with pytest.raises(
+        ValueError, match=r"timeline\.sections\[1\]\.allocations\[3\]\.uses\[0\]\.first_ms is float; got"
+    ):
+        Timeline.from_json(json.dumps(data))
+    data = json.loads(decoder(2).to_json())
+    del data["phases"][0]["work_bytes"]
+    with pytest.raises(ValueError, match=r"timeline\.phases\[0\]: a Phase lacks its field 'work_bytes'"):
+        Timeline.from_json(json.dumps(data))
+
+
+def _timeline(section: SectionRecord, *phases: Phase) -> Timeline:
+    return Timeline(sections=(section,), phases=phases)
+
+
+FORWARD = Phase(direction="forward", section=0, ms=1.0, work_bytes=0)
+BACKWARD = Phase(direction="backward", section=0, ms=1.0, work_bytes=0)
+SAVED = SavedAllocation(save=1, nbytes=4, held_bytes=8, born_ms=0.0, uses=(Use(section=0, first_ms=0.0, last_ms=1.0),))
+
+
+@pytest.mark.parametrize(
+    ("section", "phases", "message"),
+    [
+        (SectionRecord(name="a"), (), r"section 0 \(a\) has no forward phase"),
+        (SectionRecord(name="a"), (BACKWARD, FORWARD), "backward phase before its forward"),
+        (SectionRecord(name="a"), (FORWARD, FORWARD), r"second forward of section 0 \(a\)"),
+        (SectionRecord(name="a"), (dataclasses.replace(FORWARD, section=4),), "names section 4, and there are 1"),
+        (SectionRecord(name="a"), (dataclasses.replace(FORWARD, ms=-1.0),), "neither is negative"),
+        (SectionRecord(name="a"), (dataclasses.replace(FORWARD, section=None),), 'only "other" has no section'),
+        (SectionRecord(name="a", allocations=(SAVED,)), (FORWARD,), "used in backward of section 0, which has no such"),
+        (SectionRecord(name="a", allocations=(SAVED, SAVED)), (FORWARD, BACKWARD), "two allocations of the same save"),
+        (
+            SectionRecord(name="a", allocations=(dataclasses.replace(SAVED, nbytes=9),)),
+            (FORWARD, BACKWARD),
+            "moves 9 of 8 bytes",
+        ),
+    ],
+)
+def test_a_timeline_whose_parts_do_not_fit_is_refused(section, phases, message):
+    with pytest.raises(ValueError, match=message):
+        _timeline(section, *phases)

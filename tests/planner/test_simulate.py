@@ -1,0 +1,186 @@
+"""The simulator against a second one that knows nothing of events, and against sums done by hand."""
+
+from __future__ import annotations
+
+import itertools
+import random
+
+import pytest
+
+from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
+from lighterage.planner.simulate import simulate
+from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
+from tests.planner import oracle
+
+LINK = Link(out_bytes_per_s=100e3, in_bytes_per_s=50e3, both_bytes_per_s=150e3, copy_us=0.0)  # 100 and 50 bytes a ms
+
+
+def two_layers(**second) -> Timeline:
+    """Forward 10 ms each, backward 20 ms each; each saves 1000 bytes after 2 ms, read from 5 to 15 ms of backward."""
+
+    def record(index: int) -> SectionRecord:
+        use = Use(section=index, first_ms=5.0, last_ms=15.0)
+        allocation = SavedAllocation(save=1, nbytes=1000, held_bytes=1000, born_ms=2.0, uses=(use,), kind="product")
+        return SectionRecord(name=f"layers.{index}", allocations=(allocation,), selective_ms=1.0)
+
+    phases = [Phase(direction="forward", section=i, ms=10.0, work_bytes=100) for i in (0, 1)]
+    phases += [Phase(direction="backward", section=i, ms=20.0, work_bytes=200) for i in (1, 0)]
+    return Timeline(sections=(record(0), record(1)), phases=tuple(phases))
+
+
+def planned(*sections: SectionPlan, fetches=((), (), (), ())) -> Plan:
+    return Plan(sections=sections, fetches=tuple(fetches))
+
+
+KEEP_0, KEEP_1 = SectionPlan(name="layers.0"), SectionPlan(name="layers.1")
+
+
+def moving(release_after: int) -> SectionPlan:
+    return SectionPlan(name="layers.0", moves=(Move(save=1, release_after=release_after),))
+
+
+def test_a_plan_that_moves_nothing_takes_no_time_and_frees_nothing():
+    seen = simulate(two_layers(), planned(KEEP_0, KEEP_1), LINK)
+    assert (seen.step_ms, seen.peak_bytes) == (60.0, 2200)
+    assert seen.stalls_ms.total == 0 and seen.bytes_out == seen.bytes_in == 0
+    # 1000 from 2 ms, 2000 from 12, 1000 from 35, none from 55; beside it 100 in forward and 200 in backward.
+    assert [(ms, b) for ms, b in seen.curve if ms in (2.0, 12.0, 35.0, 55.0)] == [
+        (2.0, 1100),
+        (12.0, 2100),
+        (35.0, 1200),
+        (55.0, 200),
+    ]
+
+
+def test_a_release_waits_for_its_copy():
+    """The copy runs from 2 to 12 ms; the end of the phase is at 10."""
+    seen = simulate(two_layers(), planned(moving(0), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ())), LINK)
+    assert seen.stalls_ms.release == 2.0
+    assert seen.step_ms == 62.0
+    assert seen.phases[0].end_ms == 12.0
+
+
+def test_a_release_after_its_copy_is_free():
+    plan = planned(moving(1), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ()))
+    seen = simulate(two_layers(), plan, LINK)
+    # Fetched at 20 ms, there at 40, needed at 45.
+    assert (seen.step_ms, seen.stalls_ms.total, seen.num_on_demand) == (60.0, 0.0, 0)
+    assert [(c.start_ms, c.end_ms) for c in seen.in_copies] == [(20.0, 40.0)]
+    assert (seen.bytes_out, seen.bytes_in) == (1000, 1000)
+    assert seen.out_busy == pytest.approx(10 / 60) and seen.in_busy == pytest.approx(20 / 60)
+
+
+def test_what_nobody_fetched_is_waited_for_whole():
+    seen = simulate(two_layers(), planned(moving(1), KEEP_1), LINK)
+    assert (seen.stalls_ms.reload, seen.step_ms) == (20.0, 80.0)
+    assert (seen.num_on_demand, seen.on_demand_bytes) == (1, 1000)
+    assert seen.peak_bytes == 2100  # the forward's end; in backward, one at a time
+
+
+def test_a_late_fetch_is_waited_for_in_part():
+    plan = planned(moving(1), KEEP_1, fetches=((), (), (), (Fetch(section=0, save=1),)))
+    seen = simulate(two_layers(), plan, LINK)
+    assert (seen.stalls_ms.reload, seen.step_ms) == (15.0, 75.0)
+
+
+def test_what_has_not_left_is_there():
+    """Released after the phase in which it is read: nothing is waited for, nothing comes back."""
+    plan = planned(moving(9), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ()))
+    seen = simulate(two_layers(), plan, LINK)
+    assert (seen.step_ms, seen.bytes_in, seen.bytes_out) == (60.0, 0, 1000)
+
+
+def test_both_directions_share_the_link():
+    link = Link(out_bytes_per_s=100e3, in_bytes_per_s=100e3, both_bytes_per_s=120e3, copy_us=0.0)
+    plan = planned(
+        moving(0),
+        SectionPlan(name="layers.1", moves=(Move(save=1, release_after=0),)),
+        fetches=((), (Fetch(section=0, save=1),), (), ()),
+    )
+    seen = simulate(two_layers(), plan, link)
+    # Out from 2 to 12 and waited for. Then in from 12, alone until 14, 200 bytes; from 14 on 60 a ms each: the 800
+    # left take until 27.33. The second copy out has then 800 done, and 200 left at 100 a ms.
+    assert seen.in_copies[0].end_ms == pytest.approx(14 + 800 / 60)
+    assert seen.out_copies[1].end_ms == pytest.approx(14 + 800 / 60 + 2)
+
+
+def test_computing_again_takes_the_forward_and_brings_the_bytes_back():
+    seen = simulate(two_layers(), planned(SectionPlan(name="layers.0", mode="recompute"), KEEP_1), LINK)
+    assert (seen.step_ms, seen.stalls_ms.recompute) == (70.0, 10.0)
+    assert seen.peak_bytes == 1200  # one of the two at any time, beside the backward's work
+    assert seen.phases[3].peak_bytes == 1200
+
+
+def test_selective_mode_computes_only_the_cheap_again():
+    timeline = two_layers()
+    seen = simulate(timeline, planned(SectionPlan(name="layers.0", mode="selective"), KEEP_1), LINK)
+    assert (seen.step_ms, seen.stalls_ms.recompute, seen.peak_bytes) == (61.0, 1.0, 2200)
+
+
+def test_an_urgent_copy_goes_before_the_queue():
+    """Of three away, two are queued when the third is asked for: it waits for the one in progress only."""
+
+    def saved(save: int, first_ms: float) -> SavedAllocation:
+        use = Use(section=0, first_ms=first_ms, last_ms=90.0)
+        return SavedAllocation(save=save, nbytes=1000, held_bytes=1000, born_ms=0.0, uses=(use,))
+
+    record = SectionRecord(name="layer", allocations=(saved(1, 80.0), saved(2, 80.0), saved(3, 5.0)))
+    phases = (
+        Phase(direction="forward", section=0, ms=50.0, work_bytes=0),
+        Phase(direction="backward", section=0, ms=100.0, work_bytes=0),
+    )
+    moves = tuple(Move(save=save, release_after=0) for save in (1, 2, 3))
+    plan = Plan(
+        sections=(SectionPlan(name="layer", moves=moves),),
+        fetches=((), (Fetch(section=0, save=1), Fetch(section=0, save=2))),
+    )
+    seen = simulate(Timeline(sections=(record,), phases=phases), plan, LINK)
+    assert [(c.save, c.start_ms, c.end_ms, c.on_demand) for c in seen.in_copies] == [
+        (1, 50.0, 70.0, False),
+        (3, 70.0, 90.0, True),
+        (2, 90.0, 110.0, False),
+    ]
+    assert seen.stalls_ms.reload == 35.0
+
+
+@pytest.mark.parametrize("seed", range(120))
+def test_it_agrees_with_small_steps_of_time(seed):
+    rng = random.Random(seed)
+    timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
+    plan = oracle.random_plan(rng, timeline)
+    seen = simulate(timeline, plan, link)
+    step_ms, peak = oracle.step(timeline, plan, link)
+    assert seen.peak_bytes == peak
+    events = 3 * sum(len(record.allocations) for record in timeline.sections) + len(timeline.phases)
+    assert seen.step_ms == pytest.approx(step_ms, abs=events * oracle.TICK_MS)
+
+
+def test_every_part_of_a_prediction_adds_up():
+    for seed in range(40):
+        rng = random.Random(1000 + seed)
+        timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
+        seen = simulate(timeline, oracle.random_plan(rng, timeline), link)
+        assert seen.floor_ms == pytest.approx(timeline.step_ms)
+        assert seen.step_ms == pytest.approx(seen.phases[-1].end_ms)
+        assert seen.peak_bytes == max(phase.peak_bytes for phase in seen.phases) == max(b for _, b in seen.curve)
+        assert sum(phase.stalls_ms.total for phase in seen.phases) == pytest.approx(seen.stalls_ms.total)
+        times = [ms for ms, _ in seen.curve]
+        assert times == sorted(times)
+        for copies in (seen.out_copies, seen.in_copies):
+            assert all(a.end_ms <= b.start_ms + 1e-9 for a, b in itertools.pairwise(copies))
+
+
+def test_a_plan_for_another_timeline_is_refused():
+    timeline = two_layers()
+    with pytest.raises(ValueError, match=r"has the sections of its timeline.*Plan again"):
+        simulate(timeline, planned(KEEP_0), LINK)
+    with pytest.raises(ValueError, match="fetches for each phase; got 1 for 4"):
+        simulate(timeline, planned(KEEP_0, KEEP_1, fetches=((),)), LINK)
+    unknown = SectionPlan(name="layers.1", moves=(Move(save=7, release_after=0),))
+    with pytest.raises(ValueError, match=r"moves save 7 of section 1 \(layers\.1\), and there is none"):
+        simulate(timeline, planned(KEEP_0, unknown), LINK)
+    again = SectionPlan(name="layers.1", mode="selective")
+    untimed = SectionRecord(name="layers.1", allocations=timeline.sections[1].allocations)
+    timeline = Timeline(sections=(timeline.sections[0], untimed), phases=timeline.phases)
+    with pytest.raises(ValueError, match="its time is not known"):
+        simulate(timeline, planned(KEEP_0, again), LINK)
