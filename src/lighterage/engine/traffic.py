@@ -135,6 +135,7 @@ class Traffic:
 
     def _evict(self, allocations: Sequence[Allocation], transport: Transport) -> None:
         marked = any_marks()
+        capture = transport.capture()
         chosen: list[Allocation] = []
         sources: list[Source] = []
         for allocation in allocations:
@@ -145,6 +146,8 @@ class Traffic:
                 self._stays(allocation, "mark_not_offload")
             elif allocation.alias._version != allocation.version:
                 self._stays(allocation, "changed in place after it was saved")
+            elif allocation.capture != capture:
+                self._stays(allocation, "the capture of a graph began or ended before it was copied out")
             else:
                 chosen.append(allocation)
                 if len(pending) > 1:
@@ -322,13 +325,17 @@ class Traffic:
 
         Where it is backward that asks, what is still on the device then stays there.
         """
-        # What is back stays back: without the lock this may be seen too late, but not too early.
-        if allocation.stage is not _BACK or allocation.unused is not None:
+        # What is back stays back, but for captures: without the lock this may be seen too late, but not too early.
+        context = allocation.context()
+        if allocation.stage is not _BACK or allocation.unused is not None or allocation.back_in != context:
             with self._lock:
+                if allocation.stage is _BACK and allocation.back_in != context:
+                    allocation.leave_again()
                 if allocation.stage is _AWAY:
                     self._bring_back([allocation])
                 elif allocation.stage is _HELD:
                     allocation.wanted = allocation.wanted or in_backward
+                    allocation.join()
                 unused, allocation.unused = allocation.unused, None
                 if unused is not None and unused.use(id(allocation)) and self._queue:
                     self._pump()

@@ -154,8 +154,8 @@ class DotProductAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             cu_seqlens=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_kv,
-            max_seqlen=max_seqlen_q,
-            max_seqlen_kv=max_seqlen_kv,
+            max_seqlen=max_seqlen_q if layout == "thd" else None,
+            max_seqlen_kv=max_seqlen_kv if layout == "thd" else None,
         )
         return out.transpose(0, 1) if first else out
 
