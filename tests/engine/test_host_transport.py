@@ -71,8 +71,11 @@ class PlayedCopies:
 
 
 @pytest.fixture
-def driver() -> Driver:
-    return Driver()
+def driver() -> Iterator[Driver]:
+    made = Driver()
+    yield made
+    for deed in made.deeds:  # an arena whose graphs live has a thread that waits for them
+        deed.event.set()
 
 
 @pytest.fixture
