@@ -372,15 +372,18 @@ class Autoplan:
         if self.prediction is not None:
             self._slow = self._slow + 1 if self.measured_ms > SLOWER * self.prediction.step_ms else 0
             if self._slow >= SLOW_CHECKS:
-                self._measure_again()
+                self._slow = 0
+                if self._measure_again():
+                    self._link = None  # it may be that which has changed
 
     def _watch_drift(self, run: Run) -> None:
         if run.unplanned or run.missing or run.resized or run.strayed:
             self._measure_again()
 
-    def _measure_again(self) -> None:
+    def _measure_again(self) -> bool:
+        """Begin to measure, unless that was done too lately; whether it begins."""
         if self._given or self._steps < self._patience:
-            return
+            return False
         self._patience *= 2
         self.num_drifts += 1
         self._stage = Stage.SIZING
@@ -388,6 +391,7 @@ class Autoplan:
         # Measuring must not take more memory than the plan did.
         foreseen = None if self.prediction is None else self.prediction.peak_bytes
         self._limit = self.measured_peak_bytes or foreseen
+        return True
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
