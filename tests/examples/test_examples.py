@@ -9,21 +9,10 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 
 
-def test_find_keep_last_moves_more_as_it_keeps_less():
-    command = [
-        sys.executable,
-        str(EXAMPLES / "find_keep_last.py"),
-        "--layers",
-        "2",
-        "--width",
-        "128",
-        "--tokens",
-        "256",
-    ]
-    done = subprocess.run([*command, "--steps", "1"], capture_output=True, text=True, check=True, timeout=150)
-    header, *rows = done.stdout.splitlines()
-    assert header.split()[0] == "keep_last"
-    assert [int(row.split()[0]) for row in rows] == [2, 1, 0]
-    moved = [float(row.split()[2]) for row in rows]
-    assert moved[0] == 0
-    assert 0 < moved[1] < moved[2]
+def test_a_higher_price_buys_a_smaller_peak():
+    command = [sys.executable, str(EXAMPLES / "plan_for_a_price.py"), "--layers", "2", "--width", "128"]
+    done = subprocess.run([*command, "--tokens", "256"], capture_output=True, text=True, check=True, timeout=150)
+    rows = done.stdout.split("price  step ms  peak GiB  moved GiB\n")[1].splitlines()
+    assert [row.split()[0] for row in rows] == ["0%", "1%", "3%", "10%", "30%", "100%"]
+    peaks = [float(row.split()[2]) for row in rows]
+    assert peaks == sorted(peaks, reverse=True)

@@ -38,8 +38,8 @@ from .traffic import Traffic
 TIMED_STEPS = 2
 # A planned step is timed again so early, and then every so many steps.
 FIRST_CHECK, CHECK_EVERY = 2, 50
-# A step that takes so much longer than foreseen, twice in a row, is measured anew.
-SLOWER = 1.25
+# Steps that take so much longer than foreseen, so many checked ones in a row, are measured anew.
+SLOWER, SLOW_CHECKS = 1.25, 4
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
 TRIALS_OF_A_KIND = 3
@@ -211,7 +211,7 @@ class Autoplan:
 
     def _is_check(self) -> bool:
         number = self._steps + 1
-        return number == FIRST_CHECK or number % CHECK_EVERY == 0
+        return number == FIRST_CHECK or number % CHECK_EVERY == 0 or self._slow > 0
 
     def step_ended(self) -> None:
         """What the step saved is gone."""
@@ -371,16 +371,19 @@ class Autoplan:
         ]
         if self.prediction is not None:
             self._slow = self._slow + 1 if self.measured_ms > SLOWER * self.prediction.step_ms else 0
-            if self._slow >= 2:
-                self._measure_again()
+            if self._slow >= SLOW_CHECKS:
+                self._slow = 0
+                if self._measure_again():
+                    self._link = None  # it may be that which has changed
 
     def _watch_drift(self, run: Run) -> None:
         if run.unplanned or run.missing or run.resized or run.strayed:
             self._measure_again()
 
-    def _measure_again(self) -> None:
+    def _measure_again(self) -> bool:
+        """Begin to measure, unless that was done too lately; whether it begins."""
         if self._given or self._steps < self._patience:
-            return
+            return False
         self._patience *= 2
         self.num_drifts += 1
         self._stage = Stage.SIZING
@@ -388,6 +391,7 @@ class Autoplan:
         # Measuring must not take more memory than the plan did.
         foreseen = None if self.prediction is None else self.prediction.peak_bytes
         self._limit = self.measured_peak_bytes or foreseen
+        return True
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
