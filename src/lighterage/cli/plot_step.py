@@ -46,7 +46,7 @@ def draw_step(
     _phases(memory, prediction.phases, top * 1.16)
     memory.set_title(title, fontsize=11, loc="left")
     memory.set_ylabel(f"device memory ({name})")
-    memory.set_ylim(0, top * 1.24)
+    memory.set_ylim(0, top * 1.24 or 1)  # a step that saved nothing is a flat line
     memory.grid(axis="y", alpha=0.25)
     _lane(lanes, prediction.out_copies, 1, "out", _OUT)
     _lane(lanes, prediction.in_copies, 0, "in", _IN)
