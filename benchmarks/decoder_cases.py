@@ -22,6 +22,7 @@ import lighterage
 from benchmarks.decoder_model import build, inputs
 from benchmarks.decoder_modes import Mode, NotInstalledError, make
 from benchmarks.shapes import HOST_BOUND, TINY, DecoderShape
+from lighterage.engine.link import Lanes
 
 GIB = 1024**3
 MIB = 1024**2
@@ -62,28 +63,13 @@ def link_rates(device: torch.device, nbytes: int = 256 * MIB, rounds: int = 10) 
     """GB/s (1e9 bytes) between pinned host memory and the device: out alone, in alone, both at once in total."""
     if device.type != "cuda":
         return {"out_gb_s": None, "in_gb_s": None, "both_gb_s": None}
-    here = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
-    there = [torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-    lanes = [torch.cuda.Stream(device) for _ in range(2)]
+    lanes = Lanes(device, nbytes)
+    lanes.seconds(nbytes, out=4, back=4)
 
     def rate(out: bool, back: bool) -> float:
-        rates = []
-        for _ in range(rounds):
-            synchronize(device)
-            start = time.perf_counter()
-            # Four copies each way: enough that starting them does not count.
-            for _ in range(4):
-                if out:
-                    with torch.cuda.stream(lanes[0]):
-                        there[0].copy_(here[0], non_blocking=True)
-                if back:
-                    with torch.cuda.stream(lanes[1]):
-                        here[1].copy_(there[1], non_blocking=True)
-            synchronize(device)
-            rates.append(4 * nbytes * (out + back) / (time.perf_counter() - start) / 1e9)
-        return statistics.median(rates)
+        # Four copies each way: enough that starting them does not count.
+        return lanes.rate(nbytes, out=4 * out, back=4 * back, rounds=rounds) / 1e9
 
-    rate(True, True)
     return {"out_gb_s": rate(True, False), "in_gb_s": rate(False, True), "both_gb_s": rate(True, True)}
 
 

@@ -176,7 +176,7 @@ KINDS = ("input", "product", "pointwise", "other")
 
 
 def random_timeline(rng: random.Random, *, num_sections: int | None = None, most: int = 3) -> Timeline:
-    """Some sections in LIFO order, or with two of them interleaved; times are multiples of a quarter millisecond."""
+    """Some sections in last-in-first-out order, or as pipelines have it; times in quarters of a millisecond."""
     count = num_sections or rng.randint(3, 5)
     forward = [rng.randint(2, 8) for _ in range(count)]
     backward = [rng.randint(4, 16) for _ in range(count)]
@@ -222,6 +222,13 @@ def random_timeline(rng: random.Random, *, num_sections: int | None = None, most
         Phase(direction="backward", section=i, ms=backward[i], work_bytes=rng.randint(0, 8) * 100)
         for i in reversed(range(count))
     ]
+    if rng.random() < 0.3:
+        # As in a pipeline: a backward may come before the forward of others.
+        forwards, backwards = phases[:count], phases[-count:]
+        phases = list(forwards)
+        for phase in reversed(backwards):
+            after = next(i for i, p in enumerate(phases) if p.direction == "forward" and p.section == phase.section)
+            phases.insert(rng.randint(after + 1, len(phases)), phase)
     return Timeline(sections=tuple(sections), phases=tuple(phases))
 
 

@@ -6,7 +6,7 @@ import argparse
 import importlib.metadata
 from collections.abc import Sequence
 
-from lighterage.cli import demo, whatif
+from lighterage.cli import demo, doctor, whatif
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {importlib.metadata.version('lighterage')}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in (demo, whatif):
+    for command in (demo, whatif, doctor):
         command.add_parser(commands)
     args = parser.parse_args(argv)
     status: int = args.run(args)

@@ -48,6 +48,7 @@ def draw_curves(
                 color=color,
                 fontweight="bold",
                 fontsize=9,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
             )
     axes.axhline(kept_bytes / _GIB, color="#8a8a8a", linewidth=1)
     axes.annotate(

@@ -74,7 +74,7 @@ class Found:
 def find(timeline: Timeline, link: Link, allowed: Choices) -> Found:
     """The frontier of `timeline` over `link`."""
     coarse = coarsen(timeline, allowed)
-    search = Search(coarse.timeline, link, coarse.choices, effort=_EFFORT if coarse.is_exact else _EFFORT // 2)
+    search = Search(coarse.timeline, link, coarse.choices, effort=_EFFORT if coarse.is_exact else _EFFORT // 3)
     return Found(timeline, link, search, search.go(), coarse)
 
 

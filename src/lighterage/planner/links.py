@@ -29,16 +29,17 @@ NAMED: dict[str, Link] = {
 }
 """What copies reach, not what is printed on the box.
 
-PCI Express: 16 lanes of 16 GT/s (4.0) or 32 GT/s (5.0) in 128b/130b code are 31.5 and 63.0 GB/s each way (PCI Express
-Base Specification 4.0 and 5.0); packets of 256 bytes with their headers leave some 80 to 90 %. The figures of PCIe 5
-are those measured in `benchmarks/results`; those of PCIe 4 are the same parts of its rate, both ways at once a little
-less. NVLink-C2C: 450 GB/s each way, 900 in total (NVIDIA Grace Hopper Superchip Architecture, white paper); copies
-go from and to the CPU's LPDDR5X, of up to 500 GB/s in all, which is what both ways at once share, and reach some two
-thirds to four fifths of the link one way. Figures of PCIe 4 and NVLink-C2C are estimates: `lighterage doctor` measures."""
+PCI Express: 16 lanes of 16 GT/s (4.0) or 32 GT/s (5.0) in 128b/130b code are 31.5 and 63.0 GB/s each way (PCI
+Express Base Specification 4.0 and 5.0); packets of 256 bytes with their headers leave some 80 to 90 %. The figures of
+PCIe 5 are those measured in `benchmarks/results`. NVLink-C2C: 450 GB/s each way, 900 in total (NVIDIA Grace Hopper
+Superchip Architecture, white paper). Copies go from and to the CPU's LPDDR5X, of up to 500 GB/s in all, which is what
+both ways at once share, and reach some two thirds to four fifths of the link one way. The figures of PCIe 4 and
+NVLink-C2C are estimates: `lighterage doctor` measures.
+"""
 
 
 def link_named(text: str) -> Link:
-    """A link by its name in `NAMED`, or of a rate each way, such as `450GB/s`; both ways at once, 9 tenths of twice that.
+    """A link by its name in `NAMED`, or of a rate each way, such as `450GB/s`; both at once, nine tenths of the sum.
 
     Raises:
         ValueError: the text is neither; it lists the names.

@@ -27,6 +27,7 @@ _ALL_BUT = 1.002
 """A step so little longer has no wait worth the name."""
 
 _FEW_MODES = 100
+_MANY_MODES = 1000
 _FEW = 20
 """Allocations among which more is tried than what is next to a point."""
 
@@ -48,6 +49,9 @@ class Search:
         self._choices = choices
         self._effort = effort
         self._layouts: dict[Modes, Layout] = {}
+        self._gone: dict[Point, frozenset[int]] = {}
+        """Of what may leave, what did."""
+
         self._seen: dict[tuple[Modes, frozenset[int], float, Pace, frozenset[int]], Point] = {}
         keys = [(s, a.save) for s, record in enumerate(timeline.sections) for a in record.allocations]
         self._place = {key: place for place, key in enumerate(keys)}
@@ -75,7 +79,19 @@ class Search:
                 share = self._effort // (len(path) - number + 2 if number else min(len(path) + 2, 4))
                 self._sweep(modes, levels, self._effort - share)
             self._improve()
+            self._search_modes(levels)
         return self.frontier
+
+    def _search_modes(self, levels: list[float]) -> None:
+        """With the effort that is left, the modes that are not on the path, if they are not too many."""
+        if math.prod(len(modes) for modes in self._choices.modes) > _MANY_MODES:
+            return
+        every = list(itertools.product(*self._choices.modes))
+        for number, modes in enumerate(every):
+            if self._effort <= 0:
+                return
+            self._sweep(modes, levels, self._effort - self._effort // (len(every) - number + 1))
+        self._improve()
 
     def _layout(self, modes: Modes) -> Layout:
         if modes not in self._layouts:
@@ -99,10 +115,17 @@ class Search:
         if (point := self._seen.get(key)) is None:
             layout, flags = self._layout(modes), self._flags(modes, moved)
             run = Run(layout, self._link, flags)
-            run.go(self._schedule(modes, flags, limit, pace, lazy))
+            schedule = self._schedule(modes, flags, limit, pace, lazy)
+            run.go(schedule)
             self._effort -= len(flags) + 3 * sum(flags) + 2 * len(layout.ms)
             point = self._seen[key] = Point(run.now_ms, run.peak_bytes, modes, moved, limit, pace, lazy)
-            self.frontier.add(point)
+            if self.frontier.add(point):
+                items, place = layout.items, self._place
+                self._gone[point] = frozenset(
+                    place[items[i].section, items[i].allocation.save]
+                    for i, at in enumerate(schedule.released)
+                    if at >= 0
+                )
         return point
 
     def _schedule(self, modes: Modes, moved: list[bool], limit: float, pace: Pace, lazy: frozenset[int]) -> Schedule:
@@ -264,6 +287,9 @@ class Search:
     def _neighbours(self, point: Point) -> Iterator[tuple[Modes, frozenset[int], float, Pace, frozenset[int]]]:
         modes, moved, peak = point.modes, point.moved, point.peak_bytes
         yield modes, moved, peak - 1, point.pace, point.lazy
+        # A copy of what stays in the end is in the way of others.
+        moved = self._gone[point] | self.must
+        yield modes, moved, peak, point.pace, point.lazy
         # The most that something new may hold and still be better than the point before.
         above = self.frontier.above(point) - 1
         others = [

@@ -1,0 +1,63 @@
+"""The picture of a step says by itself what it shows."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from lighterage.cli.plot_step import draw_step
+from lighterage.planner.choose import plan
+from lighterage.planner.goal import Goal
+from lighterage.planner.simulate import simulate
+from tests.planner.decoder import GIB, LINK, decoder
+
+
+@pytest.fixture
+def texts(monkeypatch):
+    """What the figures that were saved say."""
+    seen: list[str] = []
+
+    def savefig(figure, path):
+        for axes in figure.axes:
+            seen.extend(text.get_text() for text in axes.texts)
+            seen.extend((axes.get_xlabel(), axes.get_ylabel(), axes.get_title(loc="left")))
+            seen.extend(label.get_text() for label in axes.get_yticklabels())
+            assert axes.get_legend() is None
+        original(figure, path)
+
+    original = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    return seen
+
+
+def test_peaks_phases_and_lanes_are_named_in_place(tmp_path, texts):
+    timeline = decoder()
+    goal = Goal(device_budget=int(8.2 * GIB))
+    seen = simulate(timeline, plan(timeline, LINK, goal), LINK)
+    kept = simulate(timeline, plan(timeline, LINK, Goal(device_budget=80 * GIB)), LINK)
+    path = tmp_path / "step.png"
+    draw_step(seen, path=path, title="Eight layers", plain=kept, budget_bytes=goal.device_budget)
+    assert path.read_bytes().startswith(b"\x89PNG")
+    said = "\n".join(texts)
+    for words in (
+        "Eight layers",
+        f"planned: peak {seen.peak_bytes / GIB:.2f} GiB",
+        "everything kept: peak 14.23 GiB",
+        "budget 8.20 GiB",
+        "forward",
+        "backward",
+        "lane out",
+        "lane in",
+        "GiB out",
+        "ms waited for reloads",
+        "device memory (GiB)",
+    ):
+        assert words in said
+
+
+def test_a_step_without_copies_says_so(tmp_path, texts):
+    timeline = decoder(2)
+    kept = simulate(timeline, plan(timeline, LINK, Goal(device_budget=80 * GIB)), LINK)
+    draw_step(kept, path=tmp_path / "step.png", title="kept")
+    said = "\n".join(texts)
+    assert "nothing goes out" in said and "nothing goes in" in said and "no wait" in said

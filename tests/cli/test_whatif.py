@@ -1,0 +1,125 @@
+"""`lighterage whatif`: the table, the picture, the plan, and wrong use."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import pytest
+
+from lighterage.cli import main
+from lighterage.planner.links import NAMED, link_named
+from lighterage.planner.pareto import pareto
+from lighterage.planner.plan import Plan
+from lighterage.planner.simulate import simulate
+from lighterage.planner.timeline import Timeline
+from tests.planner.decoder import GIB, LINK, decoder
+
+
+@pytest.fixture
+def timeline_file(tmp_path):
+    path = tmp_path / "timeline.json"
+    path.write_text(decoder(4).to_json())
+    return path
+
+
+def test_it_prints_the_curve_and_draws_it(timeline_file, tmp_path, capsys):
+    picture = tmp_path / "curve.png"
+    arguments = ["whatif", str(timeline_file), "--link", "450GB/s", "--link", "pcie4", "--out", str(picture)]
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert "4 sections" in text and "450 GB/s out" in text and "PCIe 4 x16" in text
+    assert text.count("recomputed") == 2
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
+
+
+def test_with_a_goal_it_gives_a_plan_that_can_be_read_back(timeline_file, tmp_path, capsys):
+    file = tmp_path / "plan.json"
+    arguments = [
+        "whatif",
+        str(timeline_file),
+        "--budget",
+        "8GiB",
+        "--plan",
+        str(file),
+        "--out",
+        str(tmp_path / "c.png"),
+    ]
+    assert main(arguments) == 0
+    assert "To be within 8.00 GiB" in capsys.readouterr().out
+    timeline = Timeline.from_json(timeline_file.read_text())
+    assert simulate(timeline, Plan.from_json(file.read_text()), LINK).peak_bytes <= 8 * GIB
+
+
+def test_a_budget_that_cannot_be_met_is_a_failure_that_names_the_least(timeline_file, tmp_path, capsys):
+    picture = tmp_path / "c.png"
+    assert main(["whatif", str(timeline_file), "--budget", "4GiB", "--out", str(picture)]) == 1
+    assert "the smallest peak that was found is" in capsys.readouterr().out
+    assert picture.exists()
+
+
+def test_a_measured_link_may_be_given(timeline_file, tmp_path, capsys):
+    link = tmp_path / "link.json"
+    link.write_text(LINK.to_json())
+    arguments = ["whatif", str(timeline_file), "--link", str(link), "--recompute", "never", "--max-slowdown", "0.02"]
+    assert main([*arguments, "--out", str(tmp_path / "c.png")]) == 0
+    assert "computed again" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        (["--link", "carrier pigeon"], "a link is one of pcie4, pcie5, nvlink-c2c, or a rate"),
+        (["--budget", "much"], '"30GiB"'),
+        (["--budget", "9GiB", "--max-slowdown", "0.1"], "Give exactly one"),
+        (["--plan", "p.json"], "--plan needs a goal"),
+        (["--link", "pcie4", "--link", "pcie5", "--plan", "p.json", "--budget", "9GiB"], "Give one --link"),
+    ],
+)
+def test_wrong_use_says_what_to_do(arguments, remedy, timeline_file, capsys):
+    assert main(["whatif", str(timeline_file), *arguments]) == 2
+    assert remedy in capsys.readouterr().err
+
+
+def test_a_foreign_file_and_a_missing_one_are_named(tmp_path, capsys):
+    file = tmp_path / "foreign.json"
+    file.write_text(json.dumps({"a": 1}))
+    assert main(["whatif", str(file)]) == 2
+    assert "this is no timeline of lighterage" in capsys.readouterr().err
+    assert main(["whatif", str(tmp_path / "none.json")]) == 2
+    assert "none.json: No such file" in capsys.readouterr().err
+    file.write_bytes(b"\x89PNG\xff")
+    assert main(["whatif", str(file)]) == 2
+
+
+def test_without_matplotlib_it_says_what_to_install(timeline_file, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["whatif", str(timeline_file)]) == 2
+    assert "pip install 'lighterage[demo]'" in capsys.readouterr().err
+
+
+def test_help_lists_the_links(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["whatif", "--help"])
+    text = capsys.readouterr().out
+    for name in (*NAMED, "--budget", "--max-slowdown", "--recompute"):
+        assert name in text
+
+
+def test_the_curve_is_one_and_each_point_is_a_plan():
+    timeline = decoder(4)
+    curve = pareto(timeline, LINK, most_points=8)
+    assert 3 <= len(curve) <= 8
+    assert [p.step_ms for p in curve] == sorted(p.step_ms for p in curve)
+    assert [p.peak_bytes for p in curve] == sorted((p.peak_bytes for p in curve), reverse=True)
+    for point in curve:
+        seen = simulate(timeline, point.plan, LINK)
+        assert seen.peak_bytes <= point.peak_bytes
+        assert seen.step_ms == pytest.approx(point.step_ms, rel=0.01)
+
+
+def test_a_faster_link_is_never_worse():
+    timeline = decoder(4)
+    slow, fast = (pareto(timeline, link_named(name), recompute="never") for name in ("pcie4", "nvlink-c2c"))
+    assert fast[0].peak_bytes < slow[0].peak_bytes
+    assert fast[-1].step_ms < slow[-1].step_ms
