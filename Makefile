@@ -9,12 +9,13 @@ STAMP := $(VENV)/.installed-$(firstword $(shell cat pyproject.toml constraints.t
 PYTEST_ARGS ?= -n 2 --dist worksteal
 DEMO_ARGS ?=
 
-.PHONY: demo test test-gpu lint format types bench clean help
+.PHONY: demo test test-gpu sanitize lint format types bench clean help
 
 help:
 	@echo "make demo      train a small model without and with offload, and compare (about two minutes)"
 	@echo "make test      run the test suite"
 	@echo "make test-gpu  run the tests that need a CUDA device"
+	@echo "make sanitize  compute-sanitizer over a part of those (minutes)"
 	@echo "make lint      check style and format        make format  apply both"
 	@echo "make types     run the type checker"
 	@echo "make bench     host cost of a saved tensor, beside save_on_cpu"
@@ -38,6 +39,9 @@ test: $(STAMP)
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: $(STAMP)
+	PYTHON=$(BIN)/python benchmarks/sanitize.sh
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

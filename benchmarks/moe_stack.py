@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
                 TINY if args.tiny else dataclasses.replace(HOST_BOUND, experts=num),
                 "fp8_block",
                 device,
-                rounds=2 if quick else 20,
+                rounds=2 if args.tiny else 40 if quick else 80,
             )
             for num in experts
         ],

@@ -212,30 +212,43 @@ def bytes_saved(shape: StackShape, device: torch.device) -> list[Row]:
 
 
 def host_time(shape: StackShape, name: str, device: torch.device, *, rounds: int) -> Row:
-    """Host time that offload adds to a moved layer's forward and backward, where the device is ahead of the host."""
-    stack = Stack(shape, RECIPES[name], device)
-    x, gradient = stack.inputs()
-    times: dict[str, list[float]] = {"none": [], "offload": []}
-    forward: dict[str, list[float]] = {"none": [], "offload": []}
-    copies = 0
-    for turn in range(4):
-        for mode, found in times.items():
-            with _mode(stack, mode) as offloader:
-                for index in range(rounds + 10):
-                    gc.disable()  # a collection in one of the two would be taken for its cost
-                    step = _step(stack, x, gradient)
-                    gc.enable()
-                    if turn and index >= 10:
-                        found.append(step["host_ms"] * 1e3)
-                        forward[mode].append(step["forward_ms"] * 1e3)
-                copies = offloader.stats().copies_out if offloader is not None else copies
+    """Host time that offload adds to a moved layer's forward and backward, where the device is ahead of the host.
+
+    Two stacks with the same weights, one of them offloaded, take turns step by step, and each goes first every other
+    time. What is added is the median of the differences within a pair: whatever else the machine does to one step of a
+    pair it does to the other, or else the pair is one outlier among many.
+    """
+    plain, moving = (Stack(shape, RECIPES[name], device) for _ in range(2))
+    moving.load_state_dict(plain.state_dict())
+    x, gradient = plain.inputs()
+    stacks = {"none": plain, "offload": moving}
+    steps: dict[str, list[Row]] = {mode: [] for mode in stacks}
+    with _mode(moving, "offload") as offloader:
+        assert offloader is not None
+        for index in range(10 + 2 * rounds):
+            for mode in ("none", "offload") if index % 2 else ("offload", "none"):
+                gc.disable()  # a collection in one of the two would be taken for its cost
+                step = _step(stacks[mode], x, gradient)
+                gc.enable()
+                if index >= 10:
+                    steps[mode].append(step)
+            if index % 10 == 0:
+                gc.collect()
+        copies = offloader.stats().copies_out
     moved = shape.layers - KEPT_LAYERS
-    medians = {mode: statistics.median(found) for mode, found in times.items()}
+    us = {
+        mode: {part: [step[f"{part}_ms"] * 1e3 for step in found] for part in ("host", "forward")}
+        for mode, found in steps.items()
+    }
+    added = [(after - before) / moved for before, after in zip(us["none"]["host"], us["offload"]["host"], strict=True)]
+    quartiles = statistics.quantiles(added, n=4)
     return {
         "shape": dataclasses.asdict(shape),
         "recipe": name,
-        "host_us": medians,
-        "forward_us": {mode: statistics.median(found) for mode, found in forward.items()},
+        "num_pairs": len(added),
+        "host_us": {mode: statistics.median(found["host"]) for mode, found in us.items()},
+        "forward_us": {mode: statistics.median(found["forward"]) for mode, found in us.items()},
         "copies_out": copies,
-        "added_us_a_layer": (medians["offload"] - medians["none"]) / moved,
+        "added_us_a_layer": quartiles[1],
+        "added_us_a_layer_quartiles": [quartiles[0], quartiles[2]],
     }

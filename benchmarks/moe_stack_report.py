@@ -42,9 +42,11 @@ def to_markdown(results: Row, environment: Environment) -> str:
                 f"{row['host_us']['offload']:.0f}",
                 f"{row['forward_us']['none']:.0f} / {row['forward_us']['offload']:.0f}",
                 row["copies_out"],
-                f"{row['added_us_a_layer']:.0f}",
+                row["num_pairs"],
+                f"{row['added_us_a_layer']:.0f} ({lower:.0f} – {upper:.0f})",
             ]
             for row in results["host"]
+            for lower, upper in [row["added_us_a_layer_quartiles"]]
         ]
         header = [
             "experts",
@@ -52,7 +54,8 @@ def to_markdown(results: Row, environment: Environment) -> str:
             "offload",
             "forward alone, none / offload",
             "copies out",
-            "added µs a layer",
+            "pairs of steps",
+            "added µs a layer: median of the differences (quartiles)",
         ]
         parts += ["## Host time, narrow layers", table(header, rows)]
     return "\n\n".join(parts)

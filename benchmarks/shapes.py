@@ -30,6 +30,11 @@ HOST_BOUND = DecoderShape(
 )
 """The same layer, so narrow that an accelerator waits for the host: what the host adds is then what is seen."""
 
+NARROW_DECODER = DecoderShape(
+    name="16 narrow layers", layers=16, hidden=1024, ffn=3584, heads=8, kv_heads=2, head_dim=128, seq=512
+)
+"""The same layer at a quarter of the width and a short sequence: its kernels leave multiprocessors free."""
+
 TINY = DecoderShape(
     name="4 tiny layers", layers=4, hidden=64, ffn=192, heads=4, kv_heads=2, head_dim=16, seq=256, batch=2
 )
@@ -72,3 +77,6 @@ DEEPSEEK_V3_EP8 = ExpertsShape(name="DeepSeek V3, 32 local experts", hidden=7168
 """H 7168, F 2048, 256 routed experts over 8 devices, of which a token takes 8: the rows of 4096 tokens a device."""
 
 EXPERTS = (STACK_64, STACK_8, MIXTRAL_8X7B, QWEN3_30B_A3B, DEEPSEEK_V3_EP8)
+
+NARROW_MOE = ExpertsShape(name="4 narrow blocks of 8 experts", hidden=1024, ffn=2048, experts=8, layers=4, rows=1024)
+"""H 1024, 8 experts, of which a token takes 2: the rows of 512 tokens. An accelerator waits for the host there."""

@@ -1,7 +1,8 @@
-"""Transformer Engine's two offload schedules over lighterage: by default, and by hand.
+"""Transformer Engine's offload schedules over lighterage: by default, by hand, and either of them in a CUDA graph.
 
     python examples/transformer_engine_schedules.py --schedule default
     python examples/transformer_engine_schedules.py --schedule manual
+    python examples/transformer_engine_schedules.py --schedule graph
 
 A program that was written for `transformer_engine.pytorch` changes its import; the loops below are as they were.
 """
@@ -51,14 +52,51 @@ def step_by_hand(layers: nn.ModuleList, x: Tensor) -> te.CpuOffloadContext:
     return context
 
 
+def step_in_a_graph(layers: nn.ModuleList, x: Tensor, num_offloaded: int) -> te.CpuOffloadContext:
+    """The default schedule, captured with its backward pass on data that do not matter, and replayed on `x`."""
+    context, sync_function = te.get_cpu_offload_context(
+        enabled=True, num_layers=num_offloaded, model_layers=len(layers), retain_pinned_cpu_buffers=True
+    )
+    static_x = torch.zeros_like(x)
+
+    def step() -> None:
+        for parameter in layers.parameters():
+            parameter.grad = None  # so that the graph writes gradients instead of adding to them
+        h = static_x
+        for layer in layers:
+            with context:
+                h = layer(h)
+            h = sync_function(h)
+        h.square().mean().backward()
+
+    # Kernels are chosen and pinned memory grows in the first passes, on a stream of their own, as in any capture.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    static_x.copy_(x)
+    graph.replay()  # copies out and back run inside, beside the layers, at each replay
+    torch.cuda.synchronize()  # the graph is not kept here, so let it finish
+    assert isinstance(context, te.CpuOffloadContext)
+    return context
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--schedule", choices=["default", "manual"], default="default")
+    parser.add_argument("--schedule", choices=["default", "manual", "graph"], default="default")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--offloaded", type=int, default=3)
     parser.add_argument("--width", type=int, default=256)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.schedule == "graph" and device == "cpu":
+        parser.exit(1, "a CUDA graph needs a CUDA device, and there is none\n")
     torch.manual_seed(0)
     layers = nn.ModuleList(nn.Linear(args.width, args.width) for _ in range(args.layers)).to(device)
     plain = copy.deepcopy(layers)
@@ -69,7 +107,11 @@ def main() -> None:
         h = layer(h)
     h.square().mean().backward()
 
-    context = step_by_default(layers, x, args.offloaded) if args.schedule == "default" else step_by_hand(layers, x)
+    if args.schedule == "manual":
+        context = step_by_hand(layers, x)
+    else:
+        step = step_by_default if args.schedule == "default" else step_in_a_graph
+        context = step(layers, x, args.offloaded)
     stats = context.offloader.stats()
     moved = sum(section.bytes_out > 0 for section in context.offloader.report().sections)
     context.close()

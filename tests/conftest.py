@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from collections.abc import Iterator
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from lighterage.engine.streams import Streams
 
 # Triton decides when it is first imported, by whichever test that is, whether kernels are interpreted.
 if not torch.cuda.is_available():
@@ -22,6 +25,29 @@ settings.register_profile(
     "deep", deadline=None, max_examples=2000, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--delay-lanes",
+        action="store_true",
+        help="hold up a CUDA device's lanes at random before their copies, in every test: results must stay the same",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _lanes_delayed_on_request(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not request.config.getoption("--delay-lanes"):
+        return
+    chance = random.Random(0)
+    hold_up = Streams.hold_up
+
+    def longer(self: Streams) -> None:
+        hold_up(self)
+        if self.device.type == "cuda":
+            torch.cuda._sleep(chance.choice([0, 0, 100_000, 1_000_000, 3_000_000]))
+
+    monkeypatch.setattr(Streams, "hold_up", longer)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,7 +11,8 @@ from .engine.offloader import Offloader
 from .engine.policy import Policy
 from .engine.report import Report
 from .engine.sections import LiveSection
-from .errors import BudgetError, OffloadError
+from .errors import BudgetError, GraphError, OffloadError
+from .graphs import make_graphed_callables
 from .marks import mark_not_offload, mark_offload
 from .offload import offload
 from .planner.choose import plan
@@ -24,6 +25,7 @@ from .planner.timeline import Link, Timeline
 __all__ = [
     "BudgetError",
     "Goal",
+    "GraphError",
     "Link",
     "LiveSection",
     "OffloadError",
@@ -34,6 +36,7 @@ __all__ = [
     "Prediction",
     "Report",
     "Timeline",
+    "make_graphed_callables",
     "mark_not_offload",
     "mark_offload",
     "offload",

@@ -7,6 +7,10 @@ class OffloadError(RuntimeError):
     """A transfer could not be carried out: full disk, I/O error, damaged file, or a graph used after a fork."""
 
 
+class GraphError(RuntimeError):
+    """A CUDA graph could not be captured, or was to be replayed over bytes that are still needed or gone already."""
+
+
 class BudgetError(OffloadError):
     """No plan keeps the step within the device budget that was asked for.
 

@@ -24,10 +24,12 @@ from lighterage.formats import (
     MXFP8Quantizer,
     NVFP4Quantizer,
 )
+from lighterage.formats.arguments import check_count, check_flags, is_one_of
 from lighterage.formats.bulk import Quantizer
 
 Role = Literal["input", "weight", "grad"]
 """What is quantized: a layer's input, its weight, or the gradient of its output."""
+_ROLES = get_args(Role)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,9 @@ class NVFP4BlockScaling:
     dim_multiple: ClassVar[int] = 16
     """What the input and output features must be multiples of."""
 
+    def __post_init__(self) -> None:
+        check_flags(self, "random_hadamard_transform", "stochastic_rounding")
+
     def draw_seed(self) -> int | None:
         """A seed for the gradients of one call, from PyTorch's default CPU generator, if rounding is stochastic.
 
@@ -135,7 +140,7 @@ class NVFP4BlockScaling:
                     "stochastic rounding of a gradient needs a seed to be repeatable; got None. Draw one in forward, "
                     "recipe.draw_seed(), and pass it on: quantizer('grad', ..., seed=seed)."
                 )
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(check_count("seed", seed))
         return NVFP4Quantizer(
             rowwise=rowwise,
             columnwise=columnwise,
@@ -177,7 +182,7 @@ class Float8CurrentScaling:
     """What the input and output features must be multiples of."""
 
     def __post_init__(self) -> None:
-        if self.fp8_format not in ("hybrid", "e4m3"):
+        if not is_one_of(self.fp8_format, ("hybrid", "e4m3")):
             raise ValueError(f"fp8_format must be 'hybrid' or 'e4m3'; got {self.fp8_format!r}.")
         self.quantizer("input", rowwise=True, columnwise=True)  # checks the other fields
 
@@ -220,8 +225,8 @@ def alignment_of(recipe: Recipe | None) -> int:
 
 
 def _checked(role: Role) -> Role:
-    if role not in get_args(Role):
-        raise ValueError(f"role must be one of {list(get_args(Role))}; got {role!r}.")
+    if not is_one_of(role, _ROLES):
+        raise ValueError(f"role must be one of {list(_ROLES)}; got {role!r}.")
     return role
 
 

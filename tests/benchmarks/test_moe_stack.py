@@ -38,6 +38,9 @@ def test_the_stack_runs_to_the_end(tmp_path, capsys) -> None:  # type: ignore[no
     results = json.loads((tmp_path / "moe_stack.json").read_text())
     moved = [row for row in results["steps"] if row["mode"] == "offload"]
     assert len(moved) == 2 and all(row["stats"]["bytes_out"] > 0 for row in moved)
+    (host,) = results["host"]
+    lower, upper = host["added_us_a_layer_quartiles"]
+    assert host["num_pairs"] == 4 and lower <= host["added_us_a_layer"] <= upper and host["copies_out"] > 0
     assert "python -m benchmarks.moe_stack" in (tmp_path / "moe_stack.md").read_text()
 
 

@@ -70,6 +70,47 @@ def test_not_enabled_nothing_happens(code_path):
     assert controller is None
 
 
+def test_disabled_it_is_used_like_the_one_that_does():
+    context, _ = te.get_cpu_offload_context(enabled=False, num_layers=1, model_layers=3)
+    with context, context.layer(2):
+        pass
+    assert context.offloader is None
+    context.close()
+    with pytest.raises(ValueError, match="from 0 to 2"), context.layer(3):
+        pass
+
+
+@pytest.mark.parametrize(
+    "switch",
+    [
+        "enabled",
+        "offload_activations",
+        "offload_weights",
+        "double_buffering",
+        "manual_synchronization",
+        "retain_pinned_cpu_buffers",
+    ],
+)
+def test_a_switch_is_true_or_false(switch):
+    with pytest.raises(TypeError, match=f"{switch} is True or False; got 'no'"):
+        te.get_cpu_offload_context(**{"enabled": True, "model_layers": 4, switch: "no"})
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("manual", [True, False])
+@pytest.mark.parametrize("counts", [{"num_layers": -5}, {"num_layers": 99}, {"num_layers": "x"}, {"model_layers": 0}])
+def test_counts_are_checked_whatever_else_is_asked_for(enabled, manual, counts):
+    given = {"enabled": enabled, "model_layers": 4, "manual_synchronization": manual, **counts}
+    with pytest.raises((TypeError, ValueError), match=next(iter(counts))):
+        te.get_cpu_offload_context(**given)
+
+
+def test_leaving_a_context_that_was_not_entered_is_told():
+    context, _ = get_context()
+    with pytest.raises(OffloadError, match="without having been entered"):
+        context.__exit__(None, None, None)
+
+
 @pytest.mark.parametrize("code_path", ["v1", "v2"])
 def test_enabled_it_gives_a_context_a_function_and_by_hand_a_controller(code_path):
     context, sync = get_context(code_path=code_path)

@@ -31,9 +31,6 @@ from tests.engine.twin import (
 
 Prepare = Callable[[nn.Module], nn.Module]
 
-# Dynamo looks at .grad of every input of a graph, leaf or not.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-
 backends = pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 

@@ -27,7 +27,14 @@ def test_a_1f1b_stage_moves_what_waits_and_the_last_stage_nothing(stage):
     assert (float(numbers[1]) > 0) == (float(numbers[2]) > 0) == (stage < 3)
 
 
-@pytest.mark.parametrize(("schedule", "moved"), [("default", 2), ("manual", 5)])
+@pytest.mark.parametrize(
+    ("schedule", "moved"),
+    [
+        ("default", 2),
+        ("manual", 5),
+        pytest.param("graph", 1, marks=pytest.mark.gpu),
+    ],  # the graph's input stays: its owner holds it
+)
 def test_transformer_engines_documented_schedules(schedule, moved):
     arguments = ["--schedule", schedule, "--layers", "5", "--offloaded", "2", "--width", "64"]
     out = _run("transformer_engine_schedules.py", *arguments)

@@ -181,7 +181,7 @@ import importlib.util, pathlib, sys, types
 root = pathlib.Path(sys.argv[1])
 for name in ("lighterage", "lighterage.formats"):
     sys.modules[name] = types.ModuleType(name)
-for name in ("parts", "layout"):
+for name in ("arguments", "parts", "layout"):
     spec = importlib.util.spec_from_file_location(f"lighterage.formats.{name}", root / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module

@@ -134,7 +134,7 @@ def test_bad_options_are_refused() -> None:
         MXFP8Quantizer(fp8_dtype=torch.float16)
     with pytest.raises(ValueError, match="block_scaling_dim must be 1"):
         Float8BlockQuantizer(block_scaling_dim=3)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="amax_epsilon must be 0 or more"):
+    with pytest.raises(ValueError, match="amax_epsilon must be a finite number of 0 or more"):
         Float8CurrentScalingQuantizer(amax_epsilon=float("nan"))
     with pytest.raises(ValueError, match="stochastic_rounding needs a generator"):
         NVFP4Quantizer(stochastic_rounding=True)

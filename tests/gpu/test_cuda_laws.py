@@ -304,7 +304,6 @@ def test_several_backwards_and_threads() -> None:
             assert_equal(list(again), list(wanted[index]))
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_copies_run_beside_compute_and_in_both_directions_at_once() -> None:
     model = Model(8).cuda()
     x = batch(8192)

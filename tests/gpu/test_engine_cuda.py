@@ -405,7 +405,6 @@ def test_device_and_host_memory_stay_flat_over_two_hundred_steps_of_changing_siz
         assert offloader.stats().host_bytes_reserved <= 1.05 * before[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_both_lanes_are_busy_at_once() -> None:
     """Backward of the first microbatch fetches while the bytes of the second are still leaving."""
     nbytes = 64 * MIB

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 pytest.importorskip("triton", minversion="3.6")
 
@@ -32,7 +33,7 @@ source = GluonASTSource(
     constexprs={{(names.index(name),): value for name, value in constants.items()}},
     attrs={{(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types.get(name, "").startswith("*")}},
 )
-compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4))
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4, enable_fp_fusion=False))
 print(get_ptxas(90).path)
 print(compiled.metadata.shared)
 print(compiled.asm["ptx"])
@@ -54,3 +55,23 @@ def test_products_are_not_serialized_and_nothing_spills(power_of_2, tmp_path) ->
     report = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stderr
     assert "0 bytes spill stores, 0 bytes spill loads" in report, report
     assert "Potential Performance Loss" not in report, report
+
+
+def test_a_descriptor_over_fields_that_were_checked_is_gluons_own() -> None:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from lighterage.kernels.triton.grouped_gemm_hopper import described
+
+    for dtype, bits in ((torch.float8_e4m3fn, 8), (torch.bfloat16, 16), (torch.float32, 32)):
+        layout = gl.NVMMASharedLayout(128, bits, 2)
+        for rows in (128, 256, 128):  # the last one over fields that were kept
+            matrix = (
+                torch.zeros(rows * 64, dtype=torch.uint8).view(dtype) if bits == 8 else torch.zeros(rows, 64).to(dtype)
+            )
+            own = TensorDescriptor(matrix, [rows, 64], [64, 1], [64, 128], layout)
+            made = described(matrix, rows, 64, 64, 128)
+            assert type(made) is TensorDescriptor and made.base is matrix
+            assert {**vars(made), "base": None} == {**vars(own), "base": None}
+    with pytest.raises(AssertionError):
+        described(torch.zeros(8, 9, dtype=torch.bfloat16), 8, 9, 64, 128)  # rows that are no multiple of 16 bytes

@@ -69,7 +69,6 @@ def test_checkpointing_changes_no_bit(name):
 
 
 # Quantized layers end a graph where they are called, and compile what is between them.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 # The compiler itself makes an object of each autograd Function that it meets.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["none", "fp8_block", pytest.param("nvfp4", marks=pytest.mark.slow)])

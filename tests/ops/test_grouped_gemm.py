@@ -10,6 +10,7 @@ import torch
 from lighterage.formats import Float8BlockQuantizer, MXFP8Quantizer, NVFP4Quantizer, split_quantize
 from lighterage.formats.bulk import Quantizer
 from lighterage.formats.splits import Splits
+from lighterage.ops import gemm_backends
 from lighterage.ops.grouped_gemm import Operand, choose_backend, grouped_dgrad, grouped_forward, grouped_wgrad
 from tests.kernels.grouped_gemm_cases import error, slab_oracle
 from tests.kernels.triton_cases import DEVICE
@@ -31,6 +32,7 @@ ALL = [
     ("nvfp4", "reference"),
     ("nvfp4", "emulation"),
     pytest.param("fp8_block", "torch", marks=pytest.mark.gpu),
+    pytest.param("fp8_block", "mixed", marks=pytest.mark.gpu),
 ]
 
 
@@ -126,7 +128,7 @@ def test_the_bias_of_each_expert_is_added(format_name, backend_name) -> None:
 
 @pytest.mark.parametrize(("format_name", "backend_name"), ALL)
 def test_splits_of_the_device_leave_zeros_in_rows_of_no_expert(format_name, backend_name) -> None:
-    if (format_name, backend_name) == ("fp8_block", "torch"):
+    if format_name == "fp8_block" and backend_name in ("torch", "mixed"):
         with pytest.raises(ValueError, match="the host must know the splits"):
             Layer.make(format_name, [32, 64], 128, on_device=True).products(backend_name, format_name, torch.float32)
         return
@@ -149,8 +151,13 @@ def test_auto_takes_what_fits_the_device() -> None:
         assert names["fp8_block"] in ("triton", "torch")
 
 
-def test_auto_multiplies_expert_by_expert_where_they_are_few_and_large_and_the_host_knows_it(monkeypatch) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+@pytest.mark.parametrize(("has_kernel", "few_large"), [(True, "mixed"), (False, "torch")])
+def test_auto_takes_weight_gradients_expert_by_expert_where_they_are_few_and_large_and_the_host_knows_it(
+    monkeypatch, has_kernel, few_large
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gemm_backends, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(gemm_backends, "has_hopper_kernel", lambda device: has_kernel)
     cuda = torch.device("cuda", 0)
 
     def choose(sizes: list[int], *, on_device: bool = False) -> str:
@@ -159,7 +166,7 @@ def test_auto_multiplies_expert_by_expert_where_they_are_few_and_large_and_the_h
             splits = Splits(num_rows=splits.num_rows, ends=splits.ends)
         return choose_backend("auto", "fp8_block", cuda, splits).name
 
-    assert choose([4096] * 8) == choose([0, 4096, 0, 2048]) == "torch"
+    assert choose([4096] * 8) == choose([0, 4096, 0, 2048]) == few_large
     assert choose([512] * 64) == choose([4096] * 8, on_device=True) == choose([0, 0]) == "triton"
 
 
@@ -177,8 +184,9 @@ def test_a_wrong_choice_is_refused_with_what_to_pass() -> None:
 
 def test_fp8_on_the_cpu_is_refused_by_torch_and_without_the_interpreter_by_triton(monkeypatch) -> None:
     triton = pytest.importorskip("triton")
-    with pytest.raises(ValueError, match="multiplies FP8 on CUDA devices"):
-        choose_backend("torch", "fp8_block", torch.device("cpu"))
+    for name in ("torch", "mixed"):
+        with pytest.raises(ValueError, match=f"{name!r} multiplies FP8 on CUDA devices"):
+            choose_backend(name, "fp8_block", torch.device("cpu"))
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
     for name, format_name in (("triton", "fp8_block"), ("emulation", "nvfp4")):
         with pytest.raises(ValueError, match=f"'{name}' runs on CUDA devices.*TRITON_INTERPRET=1"):
@@ -202,7 +210,7 @@ def test_operands_that_a_backend_cannot_read_are_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("backend_name", ["torch", "triton"])
+@pytest.mark.parametrize("backend_name", ["torch", "triton", "mixed"])
 def test_fp8_block_products_equal_the_slab_oracle_bit_for_bit(backend_name) -> None:
     layer = Layer.make("fp8_block", [512, 0, 1024, 128, 2048])
     x, dy, w = layer.operands

@@ -294,8 +294,6 @@ class _Checkpointed(nn.Module):
         return checkpoint(self.layer, x, use_reentrant=False)
 
 
-# Dynamo looks at the gradient of what crosses a break, and PyTorch warns of the look.
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @EVERY
 def test_compile_around_it_gives_the_same_bits(name: str) -> None:
     layers = _layers(2, name, [32, 32])

@@ -110,3 +110,17 @@ def test_autocast_leaves_codes_alone():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = linear(x, w, recipe=Float8BlockScaling())
     assert torch.equal(y, linear(x, w, recipe=Float8BlockScaling()))
+
+
+@all_recipes
+def test_codes_that_were_copied_are_an_input_too(name):
+    """Data and scales then lie apart, and the products read them from one buffer."""
+    recipe = RECIPES[name]
+    x, w = torch.randn(64, 128).bfloat16(), torch.randn(32, 128).bfloat16().requires_grad_()
+    quantized = recipe.quantizer("input", rowwise=True, columnwise=True)(x)
+    found = []
+    for given in (quantized, quantized.clone(), quantized.to("cpu", copy=True)):
+        y = linear(given, w, recipe=recipe)
+        found.append((y, *torch.autograd.grad(y, w, torch.ones_like(y))))
+        assert has_usage(given, "rowwise") and has_usage(given, "columnwise")
+    assert all(torch.equal(a, b) for others in found[1:] for a, b in zip(found[0], others, strict=True))

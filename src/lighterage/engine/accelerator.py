@@ -46,8 +46,15 @@ class Accelerator:
         key = self._streams.key()
         if key != self._last_key:
             self._last_key = key
-            self._keys.add(key)
+            capture = self._streams.capture()
+            (self._keys if capture is None else capture.streams).add(key)
         return key
+
+    def capture(self) -> int:
+        if not self._streams.capturing():
+            return 0
+        capture = self._streams.capture()
+        return -1 if capture is None else capture.number
 
     def allocate(self, size: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(size, dtype=dtype, device=self.device)
@@ -61,7 +68,9 @@ class Accelerator:
 
     @property
     def _several_streams(self) -> bool:
-        return len(self._keys) > 1
+        # What a capture allocates comes from its graph's own pool: only the streams of that capture count.
+        capture = self._streams.capture()
+        return len(self._keys if capture is None else capture.streams) > 1
 
     def _claim(self, data: torch.Tensor, lane: torch.Stream, current: torch.Stream) -> None:
         # With several streams in play, the one that allocated a tensor is not known: let the allocator keep the memory
@@ -71,10 +80,15 @@ class Accelerator:
             data.record_stream(current)
 
     def bury(self, storage: torch.UntypedStorage, fence: Fence) -> None:
-        if not fence.done():
-            self._buried.append((storage, fence))
+        if fence.done():
+            return
+        if self._streams.capturing() and fence.ordered_on(self._streams.key()) and not self._several_streams:
+            return  # the graph's pool gives it out again to this stream, which waits for the copy
+        self._buried.append((storage, fence))
 
     def tidy(self) -> None:
+        if self._streams.capturing():
+            return  # the allocator could not watch the lanes; and what a graph has buried waits for its end
         while self._buried:
             try:
                 storage, fence = self._buried.popleft()
@@ -91,6 +105,8 @@ class Accelerator:
 
     def has_room(self) -> bool:
         """Whether so much of the device is free that what could leave it may as well stay for a while."""
+        if self._streams.capturing():
+            return False  # what a graph does it does at each replay: rather wait once
         now = time.monotonic()
         if now >= self._look_again_at:
             free, total = torch.accelerator.get_memory_info(self.device)

@@ -91,7 +91,9 @@ class Allocation:
         "_pieces",
         "address",
         "alias",
+        "back_in",
         "buffers",
+        "capture",
         "covered",
         "gathered",
         "kept",
@@ -121,12 +123,17 @@ class Allocation:
         version: int,
         row: Row,
         spec: ViewSpec,
+        capture: int = 0,
     ) -> None:
         """`key`, `nbytes` and `address` are the storage's, `alias` has its version counter, which shows `version`.
 
         `spec` is the first view that is saved: its bytes are taken in.
         """
         self.transport = transport
+        self.capture = capture
+        """The graph in whose capture it was saved, or 0: see Note [Copies inside a capture]."""
+        self.back_in = 0
+        """Its `context` when it came back."""
         self.row = row
         """What its traffic is counted on: the row of the section that saved it first."""
         self.spec = spec
@@ -270,6 +277,32 @@ class Allocation:
         """Whether somebody else holds the device memory that was let go of."""
         return self.stage is _AWAY and self.storage_ref is not None and not self.storage_ref.expired()
 
+    def join(self) -> None:
+        """Let what comes next in a capture wait for copies out of memory that was not let go of, and now is used up."""
+        if self.capture and self._left is not None:
+            self._left.order()
+
+    def context(self) -> int:
+        """Where bytes that come back now are good: in this capture alone, or, if a capture saved it, in this backward.
+
+        0: everywhere outside of captures. Replays of a forward graph write its bytes anew between backward passes.
+        """
+        capture = self.transport.capture()
+        if capture or not self.capture:
+            return capture
+        return -2 - torch._C._current_graph_task_id()
+
+    def leave_again(self) -> None:
+        """Forget the memory that it came back to where it is of no use here: the bytes at rest are the right ones."""
+        assert self.stage is _BACK
+        for buffer in self.buffers:
+            if not buffer.fence.ordered_on(buffer.made_on):
+                self.transport.bury(buffer.memory.untyped_storage(), buffer.fence)
+        if self.unused is not None:
+            self.unused.use(id(self))
+            self.unused = None
+        self.stage = _AWAY
+
     def room(self, stream: int) -> list[tuple[Resting, torch.Tensor]]:
         """Allocate device memory to come back to, on the current `stream`.
 
@@ -314,6 +347,7 @@ class Allocation:
             buffer.fence = fence
         unused.add(id(self), self.nbytes)
         self.unused = unused
+        self.back_in = self.context()
         self.stage = _BACK  # at the end: whoever sees it may use the bytes without the lock
 
     # --- use ------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import sys
+import threading
 import time
 from bisect import bisect_right
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 from ..errors import OffloadError
 from . import host_memory, prefault
+from .captures import Tenure
 from .fenced_space import Claim, FencedSpace, Lease
 from .units import MIB, format_bytes, round_up
 
@@ -41,6 +43,10 @@ _MAP_NORESERVE = 0x4000
 # An arena is one contiguous range of virtual memory, reserved when it is made and committed as it grows, so that
 # neighbouring blocks coalesce whenever they were committed. With a pinner each growth is pinned on its own, and a copy
 # must not cross from one registration into the next: the parts of a block are split where segments meet.
+
+
+_GRAPHS_AGAIN_S = 0.02
+"""For so long graphs are not asked again whether they are gone."""
 
 
 class Pinner(Protocol):
@@ -93,6 +99,8 @@ class Arena:
         self._declined_bytes = 0  # what this step would have used, had it been ready
         if pinner is not None:
             self._limit -= self._limit % _PAGE
+        self._tenures: list[Tenure] = []  # of graphs that use blocks of this arena
+        self._look_at_tenures_at = 0.0
 
     def prepare(self) -> None:
         """Commit memory in the background, ahead of growths, until `settle`. Nothing of it is pinned or counted yet.
@@ -139,6 +147,9 @@ class Arena:
             OffloadError: in a forked child.
         """
         claim = None
+        if self._tenures and time.monotonic() >= self._look_at_tenures_at:
+            self.take_back()
+            self._look_at_tenures_at = time.monotonic() + _GRAPHS_AGAIN_S
         if not self._closed:
             claim = self._space.acquire(nbytes, lambda needed: self._grow(needed, can_do_without))
         if claim is None:
@@ -152,9 +163,19 @@ class Arena:
             raise
         return block
 
+    def lend(self, tenure: Tenure) -> None:
+        """Note that a graph uses blocks: they stay pinned until it is gone, whatever becomes of this arena's owner."""
+        if tenure not in self._tenures:
+            self._tenures.append(tenure)
+
+    def take_back(self) -> None:
+        """Take back the blocks of graphs that are gone."""
+        self._tenures = [tenure for tenure in self._tenures if not tenure.end_if_over()]
+
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the blocks that are not retired."""
+        self.take_back()
         return self._space.bytes_in_use
 
     @property
@@ -165,7 +186,7 @@ class Arena:
     @property
     def bytes_reserved(self) -> int:
         """Bytes taken from the machine: pinned, or for an arena without a pinner its high-water mark."""
-        if self._closed:
+        if self._closed and not self._tenures:
             return 0
         return self._segment_ends[-1] if self._segment_ends else self._space.size
 
@@ -173,12 +194,27 @@ class Arena:
         """Wait for the copies of retired blocks, unpin, and let go of the memory.
 
         Calling it again, or in a forked child, does nothing. The memory itself is freed with the last tensor over it:
-        a block that is still live stays readable, but is no longer pinned.
+        a block that is still live stays readable, but is no longer pinned. While graphs use blocks nothing is unpinned:
+        that is done when the last of them is gone.
         """
         if self._closed or self._space.is_foreign():
             return
         self._stop_preparing()  # while it is still known which bytes are pinned: those may be somebody's
         self._closed = True
+        self.take_back()
+        if self._tenures:
+            # The thread holds this arena, also where nobody else does any more.
+            threading.Thread(target=self._outlive_graphs, name="lighterage-graphs", daemon=True).start()
+        else:
+            self._let_go()
+
+    def _outlive_graphs(self) -> None:
+        for tenure in self._tenures:
+            tenure.wait()
+        self.take_back()
+        self._let_go()
+
+    def _let_go(self) -> None:
         self._space.settle()
         self._unpin()
         # Not self._map.close(): torch.frombuffer keeps the map alive, but holds no buffer export on it, so closing

@@ -192,8 +192,7 @@ class Autoplan:
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
         if _capturing(self._device):
-            self._run = None if self._course is None else Run(self._course)
-            return
+            return  # what is captured does not run, so that it takes no time: it is none of the steps
         self._look()
         if self._stage is Stage.PLANNED:
             assert self._course is not None
@@ -397,6 +396,10 @@ class Autoplan:
 
     def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
         """A section begins: gives it its orders. The context is for its forward."""
+        if _capturing(self._device):
+            self.abandoned()
+            self._run = None
+            return contextlib.nullcontext()
         log, run = self._log, self._run
         if section.by_hand or section.keep_reason is not None:
             pass

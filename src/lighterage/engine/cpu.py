@@ -198,6 +198,9 @@ class CpuTransport:
     def stream_key(self) -> int:
         return 0
 
+    def capture(self) -> int:
+        return 0
+
     def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
         rested: list[Resting | None] = []
         work: list[tuple[Room, torch.Tensor]] = []

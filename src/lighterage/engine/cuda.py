@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import ctypes
 from collections.abc import Sequence
 from functools import cache
 
 import torch
+
+from .graph_driver import graph_driver
 
 
 class CudaPinner:
@@ -19,14 +22,18 @@ class CudaPinner:
         Raises:
             OSError: the driver refused; the message holds its reason.
         """
-        cudart = torch.cuda.cudart()
-        code = int(cudart.cudaHostRegister(address, nbytes, 1))
+        # A capture that is under way would be broken by it, and has nothing to do with it.
+        driver = graph_driver()
+        with contextlib.nullcontext() if driver is None else driver.relaxed():
+            code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1))
         if code:
             raise OSError(f"cudaHostRegister of {nbytes} bytes failed with error {code}")
 
     def unpin(self, address: int) -> None:
         """Undo `pin` for the registration that begins at `address`."""
-        torch.cuda.cudart().cudaHostUnregister(address)
+        driver = graph_driver()
+        with contextlib.nullcontext() if driver is None else driver.relaxed():
+            torch.cuda.cudart().cudaHostUnregister(address)
 
 
 class _Attributes(ctypes.Structure):
@@ -49,8 +56,9 @@ class CopyBatches:
     Source: CUDA driver API, `cuMemcpyBatchAsync`, since CUDA 12.8.
     """
 
-    def __init__(self, call: ctypes._NamedFuncPointer, device_index: int) -> None:
+    def __init__(self, call: ctypes._NamedFuncPointer, single: ctypes._NamedFuncPointer, device_index: int) -> None:
         self._call = call
+        self._single = single
         self._device_index = device_index
         self._attributes = _Attributes(_IN_STREAM_ORDER)
         self._first = ctypes.c_size_t(0)
@@ -58,11 +66,17 @@ class CopyBatches:
     def copy(self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: int) -> bool:
         """Issue copies on the raw `stream`, each of `sizes[i]` bytes from address `sources[i]` to `destinations[i]`.
 
-        Returns False where this way is shut, and nothing was issued: inside a graph's capture, or while another device
-        is the current one.
+        Returns False where this way is shut, and nothing was issued: while another device is the current one. A graph
+        takes no batches, so in its capture the copies are issued one by one; `Tensor.copy_` would not know that memory
+        is pinned which PyTorch did not allocate.
         """
-        if torch._C._cuda_getDevice() != self._device_index or torch._C._cuda_isCurrentStreamCapturing():
+        if torch._C._cuda_getDevice() != self._device_index:
             return False
+        if torch._C._cuda_isCurrentStreamCapturing():
+            return all(
+                not self._single(to, here, size, stream)
+                for to, here, size in zip(destinations, sources, sizes, strict=True)
+            )
         count = len(sizes)
         # Arrays of ctypes take four times as long to fill. These live until the call returns, which copies them.
         lists = [array.array("Q", numbers) for numbers in (destinations, sources, sizes)]
@@ -85,10 +99,12 @@ def copy_batches(device: torch.device) -> CopyBatches | None:
     if device.type != "cuda" or torch.version.cuda is None:
         return None
     try:
-        call = ctypes.CDLL("libcuda.so.1").cuMemcpyBatchAsync
+        driver = ctypes.CDLL("libcuda.so.1")
+        call, single = driver.cuMemcpyBatchAsync, driver.cuMemcpyAsync
     except (OSError, AttributeError):
         return None
     pointer, size = ctypes.c_void_p, ctypes.c_size_t
     call.argtypes = [pointer, pointer, pointer, size, pointer, pointer, size, pointer, pointer]
-    call.restype = ctypes.c_int
-    return CopyBatches(call, device.index)
+    single.argtypes = [pointer, pointer, size, pointer]
+    call.restype = single.restype = ctypes.c_int
+    return CopyBatches(call, single, device.index)

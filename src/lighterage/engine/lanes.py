@@ -101,6 +101,10 @@ class Transport(Protocol):
         """Tells the stream that the calling thread issues work on from every other one; 0 where there are none."""
         ...
 
+    def capture(self) -> int:
+        """Tells the graph that is captured on the calling thread's stream from every other one; 0 where none is."""
+        ...
+
     def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
         """Start copying each range out, after the work issued so far. None where there is no room for it."""
         ...

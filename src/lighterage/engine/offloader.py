@@ -305,6 +305,7 @@ class Offloader:
             if not self._live:
                 self._residents.refresh()
             index = section.index = self._order.created(section.name)
+            section.capture = self._packer.capture()
             self._ledger.step.rows.append(section.row)
             self._live[index] = weakref.ref(section, self._when_over(self._ledger.num_steps, index))
             if self._auto is not None:
@@ -390,6 +391,8 @@ class Offloader:
                 for upcoming in self._order.upcoming(section.index, live):
                     if upcoming.orders is not None:
                         continue
+                    if upcoming.capture != section.capture:
+                        continue  # its bytes are there only after a replay of another graph
                     ahead.append(upcoming)
                     wanted -= not upcoming.gap
                     if not wanted:

@@ -86,10 +86,11 @@ class Packer:
         transport = self.transports.get(device) or self._open_transport(device)
         mark = mark_of(key) if any_marks() else None
         reason = self._why_kept(tensor, base, section, key, transport, mark, nbytes)
+        capture = 0 if transport is None else transport.capture()
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
-            if allocation is not None and not allocation.shows(tensor):
+            if allocation is not None and not (allocation.capture == capture and allocation.shows(tensor)):
                 allocation = None
             if allocation is not None:
                 if reason is not None:
@@ -107,7 +108,9 @@ class Packer:
             spec = describe(tensor, nbytes)
             lo, hi = spec.lo, spec.hi
             if allocation is None or not allocation.takes(lo, hi):
-                allocation = Allocation(transport, storage, key, storage_bytes, address, alias, version, row, spec)
+                allocation = Allocation(
+                    transport, storage, key, storage_bytes, address, alias, version, row, spec, capture
+                )
                 self._allocations[key] = section.allocations[id(allocation)] = weakref.ref(allocation)
                 if section.orders is not None:
                     section.orders.took(row.saves, allocation)
@@ -210,6 +213,10 @@ class Packer:
         """Open the lanes of the devices that the modules are on, so that host memory is made ready meanwhile."""
         for device in self._residents.accelerators:
             self._open_transport(device)
+
+    def capture(self) -> int:
+        """The graph that is captured on the calling thread's stream, or 0."""
+        return max((t.capture() for t in self.transports.values() if t is not None), default=0)
 
     def forget_dead(self) -> None:
         """Drop the entries of allocations that are gone."""

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
+from ..errors import OffloadError
 from .accelerator import Accelerator, copy_in, copy_out
 from .arena import Arena, Block
+from .captures import CapturedFence
 from .cpu import WorkerFence, WorkerLane
 from .disk import DiskStore, Extent
 from .lanes import FINISHED, Fence, Resting, Source
@@ -22,7 +24,7 @@ class _TicketFence:
 
     def __init__(self) -> None:
         self.ticket: WorkerFence
-        self.copied: EventFence | None = None
+        self.copied: EventFence | CapturedFence | None = None
 
     def done(self) -> bool:
         return self.ticket.done() and (self.copied is None or self.copied.done())
@@ -62,6 +64,9 @@ class _RestedOnDisk:
         self.retire()
 
 
+_NO_DISK = "a graph is captured, and its replays could not write to disk"
+
+
 class DiskTransport(Accelerator):
     """Device memory to a file and back, through pinned blocks that are held only for the passage."""
 
@@ -86,6 +91,9 @@ class DiskTransport(Accelerator):
     def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
         rested: list[Resting | None] = []
         streams = self._streams
+        if streams.capturing():
+            self._refusal = _NO_DISK
+            return [None] * len(sources)
         lane, current = streams.outbound, streams.current()
         streams.after(current, lane)
         for storage, lo, hi in sources:
@@ -113,7 +121,7 @@ class DiskTransport(Accelerator):
             rested.append(one)
         return rested
 
-    def _write_job(self, extent: Extent, block: Block, left: EventFence) -> Callable[[], None]:
+    def _write_job(self, extent: Extent, block: Block, left: Fence) -> Callable[[], None]:
         def write() -> None:
             left.wait()
             at = 0
@@ -127,6 +135,11 @@ class DiskTransport(Accelerator):
 
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         streams = self._streams
+        if streams.capturing():
+            raise OffloadError(
+                "a graph is captured whose backward needs what was saved outside of it and rests on disk; its replays "
+                "could not read a disk. Capture the forward pass too, or use tier='host'."
+            )
         current = streams.current()
         allocated = current.record_event()
         fences: list[Fence] = []

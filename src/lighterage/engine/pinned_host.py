@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate
 
 import torch
 
+from ..errors import OffloadError
 from .accelerator import Accelerator, copy_in, copy_out
 from .arena import Arena, Block
+from .captures import Tenure
 from .cuda import copy_batches
 from .lanes import FINISHED, Fence, Resting, Source
 from .streams import await_on
@@ -15,6 +18,7 @@ from .views import as_bytes, byte_view
 
 # Ranges that share a block start on multiples of this many bytes.
 _ROOM = 512
+_NO_GRAPHS = "a graph is captured, and this driver (before 12.3, or none of NVIDIA's) does not say when it is destroyed"
 # What comes back together shares one fence up to so many bytes: a first use never waits for much that it does not need.
 FENCE_BYTES = 4 << 20
 
@@ -54,6 +58,17 @@ class _RestedInHost:
         """uint8 tensors over the bytes, in order."""
         return _slice(self.shared.block.parts, self._at, self._at + self.nbytes)
 
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Address and bytes of each registration's share, in order."""
+        return [(part.data_ptr(), part.numel()) for part in self.parts]
+
+    @property
+    def starts(self) -> list[int]:
+        """Where each of them starts among the bytes."""
+        ends = list(accumulate(part.numel() for part in self.parts))
+        return [0, *ends[:-1]]
+
     def retire(self, fences: Iterable[Fence] = ()) -> None:
         if hasattr(self, "shared"):
             self.shared.reads.update(dict.fromkeys(fences))
@@ -84,14 +99,36 @@ class HostTransport(Accelerator):
         super().__init__(device, before_copies)
         self._arena = arena
         self._batches = copy_batches(device)
+        self._no_graphs: str | None = None
 
     @property
     def refusal(self) -> str | None:
-        return self._arena.refusal
+        return self._no_graphs or self._arena.refusal
+
+    def _tenure(self) -> Tenure | None:
+        """What belongs to the graph that is captured now, if one is.
+
+        Raises:
+            OffloadError: the driver does not say when that graph is destroyed.
+        """
+        if not self._streams.capturing():
+            return None
+        capture = self._streams.capture()
+        tenure = None if capture is None else capture.tenure()
+        if tenure is None:
+            raise OffloadError(_NO_GRAPHS)
+        self._arena.lend(tenure)
+        return tenure
 
     # --- out ------------------------------------------------------------------------------------------------------
 
     def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+        try:
+            tenure = self._tenure()
+        except OffloadError as error:
+            self._no_graphs = str(error)
+            return [None] * len(sources)
+        self._no_graphs = None
         placed = self._place([hi - lo for _, lo, hi in sources])
         work = [(one, source) for one, source in zip(placed, sources, strict=True) if one is not None]
         if work:
@@ -100,13 +137,17 @@ class HostTransport(Accelerator):
             streams.after(current, lane)
             rooms = {one.shared: None for one, _ in work}
             for shared in rooms:
+                if tenure is not None:
+                    tenure.hold(shared)
                 for earlier in shared.block.fences:
                     await_on(lane, earlier)
             with streams.on(lane, current):
-                self._copy_out(work, lane, current)
-                left = streams.fence(lane)
-            for shared in rooms:
-                shared.left = left
+                try:
+                    self._copy_out(work, lane, current)
+                finally:  # some may be under way where others failed
+                    left = streams.fence(lane)
+                    for shared in rooms:
+                        shared.left = left
             for one, _ in work:
                 one.left = left
         return list(placed)
@@ -138,6 +179,11 @@ class HostTransport(Accelerator):
             for _, (storage, lo, hi) in work:
                 self._claim(byte_view(storage, lo, hi), lane, current)
         to = [address for one, _ in work if (address := one.address) is not None]
+        if self._streams.capturing():
+            pieces = [(address, nbytes) for one, _ in work for address, nbytes in one.pieces]
+            here = [storage.data_ptr() + lo + at for one, (storage, lo, _) in work for at in one.starts]
+            self._capture_copies([address for address, _ in pieces], here, [nbytes for _, nbytes in pieces])
+            return
         if self._batches is not None and len(to) == len(work):
             here = [storage.data_ptr() + lo for _, (storage, lo, _) in work]
             sizes = [one.nbytes for one, _ in work]
@@ -151,6 +197,10 @@ class HostTransport(Accelerator):
     def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
         streams = self._streams
         lane, current = streams.inbound, streams.current()
+        tenure = self._tenure()
+        if tenure is not None:
+            for resting, _ in (one for batch in batches for one in batch):
+                tenure.hold(resting.shared)  # type: ignore[attr-defined]
         streams.after(current, lane)
         fences: list[Fence] = []
         gathered: list[tuple[_RestedInHost, torch.Tensor]] = []
@@ -196,6 +246,11 @@ class HostTransport(Accelerator):
             for _, data in work:
                 self._claim(data, lane, current)
         there = [address for one, _ in work if (address := one.address) is not None]
+        if self._streams.capturing():
+            pieces = [(address, nbytes) for one, _ in work for address, nbytes in one.pieces]
+            to = [data.data_ptr() + at for one, data in work for at in one.starts]
+            self._capture_copies(to, [address for address, _ in pieces], [nbytes for _, nbytes in pieces])
+            return
         if self._batches is not None and len(there) == len(work):
             to = [data.data_ptr() for _, data in work]
             sizes = [one.nbytes for one, _ in work]
@@ -203,6 +258,15 @@ class HostTransport(Accelerator):
                 return
         for one, data in work:
             copy_in(as_bytes(data.data), one.parts)
+
+    def _capture_copies(self, destinations: list[int], sources: list[int], sizes: list[int]) -> None:
+        """Copies of a capture, each within one registration of pinned memory."""
+        batches = self._batches
+        if batches is None or not batches.copy(destinations, sources, sizes, self._streams.key()):
+            raise OffloadError(
+                "a copy was refused inside a graph's capture. The capture has failed, or the device of the tensors is "
+                "not the current one: capture under torch.cuda.device."
+            )
 
     def close(self) -> None:
         self._streams.outbound.synchronize()

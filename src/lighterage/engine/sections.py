@@ -32,6 +32,7 @@ class Section:
         "__weakref__",
         "allocations",
         "by_hand",
+        "capture",
         "ended_at",
         "gap",
         "index",
@@ -61,6 +62,8 @@ class Section:
         """What a plan says of it; None: that the policy decides."""
         self.log: SectionLog | None = None
         """Where it is recorded, in a step that is measured."""
+        self.capture = 0
+        """The graph in whose capture it saved, or 0."""
         self.open = True
         self.visited = False
         self.index: int | None = None

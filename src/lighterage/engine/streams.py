@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from .captures import Capture, CapturedFence, Captures
+from .graph_driver import graph_driver
 from .lanes import Fence
 
 
@@ -26,20 +28,48 @@ class Streams:
             else functools.partial(_stream_id, device)
         )
         """Tells the current stream from every other one of the device; cheaper than the stream itself."""
+        self.capturing: Callable[[], bool] = (
+            torch._C._cuda_isCurrentStreamCapturing if device.type == "cuda" else _never
+        )
+        """Whether a graph is captured on the calling thread's stream."""
+        driver = graph_driver() if device.type == "cuda" else None
+        self._captures = None if driver is None else Captures(driver)
 
     def current(self) -> torch.Stream:
         """The stream that the calling thread issues work on."""
         return torch.accelerator.current_stream(self.device)
 
+    def capture(self) -> Capture | None:
+        """The capture that the calling thread's stream takes part in, as far as the driver tells of it."""
+        if self._captures is None or not self.capturing():
+            return None
+        return self._captures.of(self.key())
+
+    def apart(self) -> contextlib.AbstractContextManager[None]:
+        """For calls that have nothing to do with a capture, but may be made in the midst of one."""
+        if self._captures is None or not self.capturing():
+            return contextlib.nullcontext()
+        return self._captures.driver.relaxed()
+
     @contextlib.contextmanager
     def on(self, lane: torch.Stream, back_to: torch.Stream) -> Iterator[None]:
         """Issue the block's work on `lane`."""
         torch.accelerator.set_stream(lane)
+        lane_key = self.key() if self.capturing() else None
         try:
             self.hold_up()
             yield
         finally:
             torch.accelerator.set_stream(back_to)
+            if lane_key is not None:
+                self._leave(lane, lane_key, back_to)
+
+    def _leave(self, lane: torch.Stream, lane_key: int, stream: torch.Stream) -> None:
+        """Let a capture end although nobody waits for `lane`: see Note [Copies inside a capture]."""
+        if self._captures is None or not self._captures.driver.rejoin(lane_key, self.key()):
+            event = torch.Event(self.device)
+            lane.record_event(event)
+            stream.wait_event(event)
 
     def hold_up(self) -> None:
         """Let tests delay the copies that come next on the current stream."""
@@ -47,12 +77,31 @@ class Streams:
             self.before_copies()
 
     def after(self, stream: torch.Stream, lane: torch.Stream) -> None:
-        """Make `lane` wait for what was issued on `stream` so far."""
-        lane.wait_event(EventFence(self, stream).event)
+        """Make `lane` wait for what was issued on `stream`, which is the current one, so far."""
+        if not self.capturing():
+            lane.wait_event(EventFence(self, stream).event)
+            return
+        event = torch.Event(self.device)
+        stream.record_event(event)
+        lane.wait_event(event)
+        capture = self.capture()
+        if capture is not None and lane.stream_id in capture.tails:
+            # A lane forgets after each use: see Note [Copies inside a capture].
+            lane.wait_event(capture.tails[lane.stream_id].event)
 
-    def fence(self, lane: torch.Stream) -> EventFence:
-        """What was issued on `lane` so far."""
-        return EventFence(self, lane)
+    def fence(self, lane: torch.Stream) -> EventFence | CapturedFence:
+        """What was issued on `lane`, which is the current stream, so far."""
+        capture = self.capture()
+        if capture is None:
+            return EventFence(self, lane)
+        event = torch.Event(self.device)
+        lane.record_event(event)
+        fence = capture.tails[lane.stream_id] = CapturedFence(self, capture, event)
+        return fence
+
+
+def _never() -> bool:
+    return False
 
 
 def _stream_id(device: torch.device) -> int:
@@ -78,13 +127,20 @@ class EventFence:
         self._streams.events.append(self.event)
 
     def done(self) -> bool:
+        if self._streams.capturing():
+            with self._streams.apart():
+                return self.event.query()
         return self.event.query()
 
     def wait(self) -> None:
-        self.event.synchronize()
+        with self._streams.apart():
+            self.event.synchronize()
 
     def order(self) -> DeviceWait | None:
         streams = self._streams
+        if streams.capturing():
+            self.wait()  # a graph cannot depend on it: see Note [Copies inside a capture]
+            return None
         key = streams.key()
         if key in self._ordered:
             return None
@@ -101,6 +157,11 @@ class EventFence:
     def ordered_on(self, key: int) -> bool:
         return key in self._ordered
 
+    @property
+    def in_capture(self) -> bool:
+        """Whether it is asked in the midst of a capture."""
+        return self._streams.capturing()
+
 
 class DeviceWait:
     """A wait of the device: how long after the stream arrived the copies were finished."""
@@ -112,14 +173,16 @@ class DeviceWait:
         self._finished = finished
 
     def milliseconds(self) -> float | None:
-        if not (self._arrived.done() and self._finished.done()):
+        if self._arrived.in_capture or not (self._arrived.done() and self._finished.done()):
             return None
         return max(0.0, self._arrived.event.elapsed_time(self._finished.event))
 
 
 def await_on(lane: torch.Stream, fence: Fence) -> None:
-    """Make `lane` come after `fence`, which is that of another lane of some device."""
-    if isinstance(fence, EventFence):
+    """Make `lane`, which comes after the current stream, come after `fence` of another lane of some device."""
+    if isinstance(fence, EventFence) and not fence.in_capture:
         lane.wait_event(fence.event)
+    elif isinstance(fence, CapturedFence):
+        fence.order_lane(lane)
     else:
         fence.wait()

@@ -116,6 +116,7 @@ class Traffic:
 
     def _evict(self, allocations: Sequence[Allocation], transport: Transport) -> None:
         marked = any_marks()
+        capture = transport.capture()
         chosen: list[Allocation] = []
         sources: list[Source] = []
         for allocation in allocations:
@@ -126,6 +127,8 @@ class Traffic:
                 self._stays(allocation, "mark_not_offload")
             elif allocation.alias._version != allocation.version:
                 self._stays(allocation, "changed in place after it was saved")
+            elif allocation.capture != capture:
+                self._stays(allocation, "the capture of a graph began or ended before it was copied out")
             else:
                 chosen.append(allocation)
                 if len(pending) > 1:
@@ -290,13 +293,17 @@ class Traffic:
 
     def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
         """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
-        # What is back stays back: without the lock this may be seen too late, but not too early.
-        if allocation.stage is not _BACK or allocation.unused is not None:
+        # What is back stays back, but for captures: without the lock this may be seen too late, but not too early.
+        context = allocation.context()
+        if allocation.stage is not _BACK or allocation.unused is not None or allocation.back_in != context:
             with self._lock:
+                if allocation.stage is _BACK and allocation.back_in != context:
+                    allocation.leave_again()
                 if allocation.stage is _AWAY:
                     self._bring_back([allocation])
                 elif allocation.stage is _HELD:
                     allocation.wanted = True
+                    allocation.join()
                 unused, allocation.unused = allocation.unused, None
                 if unused is not None and unused.use(id(allocation)) and self._queue:
                     self._pump()

@@ -12,9 +12,10 @@ from typing import Literal, cast
 
 import torch
 
+from lighterage.formats.arguments import check_flag
 from lighterage.formats.buffers import allocate
 from lighterage.formats.capacity import BulkCapacity, bulk_capacity
-from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks
+from lighterage.formats.layout import BulkLayout, check_blocks, check_split_blocks, known_layout
 from lighterage.formats.quantized_tensor import DIRECTIONS, view_over
 from lighterage.formats.quantizer import Backend, BulkQuantizer, check_input, check_usage, chosen_triton
 from lighterage.formats.quantizer import Quantizer as Quantizer
@@ -58,6 +59,8 @@ def split_quantize(
     """
     check_input(x)
     _check_activation(x, activation)
+    check_flag("disable_bulk_allocation", disable_bulk_allocation)
+    _check_quantizers(quantizers)
     shape = x.shape
     splits = Splits.of(m_splits, shape[0], x.device, rows_per_split=1 if len(shape) == 2 else prod(shape[1:-1]))
     if splits.num_splits != len(quantizers):
@@ -96,16 +99,7 @@ def _quantize_group(
         if getattr(quantizer, direction):
             layouts[direction] = _layout(quantizer, splits, row_shape, direction == "columnwise")
             buffers[direction] = allocate(layouts[direction], x.device)
-    group = Group(
-        tensor_class=quantizer.tensor_class,
-        options=quantizer.tensor_options(),
-        format_name=quantizer.format_name,
-        block_2d=quantizer.block_2d,
-        dtype=x.dtype,
-        row_shape=row_shape,
-        splits=splits,
-        layouts=layouts,
-    )
+    group = Group.made_by(quantizer, splits, dtype=x.dtype, row_shape=row_shape, layouts=layouts)
     tensors = SplitTensors(group, buffers=buffers)
     whole = x.dim() == 2 and x.is_contiguous()
     x_MK = x if whole else x.detach().reshape(splits.num_rows, x.shape[-1]).contiguous()
@@ -130,7 +124,7 @@ def _layout(
     quantizer: BulkQuantizer, splits: Splits, row_shape: tuple[int, ...], columnwise: bool
 ) -> BulkLayout | BulkCapacity:
     if splits.rows is not None:
-        return BulkLayout(quantizer.format_name, splits.rows, row_shape, columnwise, quantizer.block_2d)
+        return known_layout(quantizer.format_name, splits.rows, row_shape, columnwise, quantizer.block_2d)
     return bulk_capacity(
         quantizer.format_name,
         num_rows=splits.num_rows,
@@ -181,8 +175,17 @@ def _all_alike(quantizers: Sequence[Quantizer]) -> bool:
     return same_class and list(map(vars, quantizers)).count(vars(first)) == num
 
 
+def _check_quantizers(quantizers: object) -> None:
+    if not isinstance(quantizers, Sequence) or isinstance(quantizers, str):
+        raise TypeError(
+            f"quantizers must be a list with one for each split; got {quantizers!r}. Pass [quantizer] * len(m_splits)."
+        )
+    if quantizers and not hasattr(type(quantizers[0]), "set_usage"):
+        raise TypeError(f"quantizers must be quantizers, such as Float8BlockQuantizer(); got {quantizers[0]!r}.")
+
+
 def _check_activation(x: torch.Tensor, activation: object) -> None:
-    if activation not in (None, "swiglu"):
+    if activation is not None and activation != "swiglu":
         raise ValueError(f"activation must be None or 'swiglu'; got {activation!r}.")
     if activation and x.shape[-1] % 2:
         raise ValueError(

@@ -64,8 +64,11 @@ def bulk_capacity(
 
     num_rows, num_cols: the shape of the input. columnwise, block_2d: as for `bulk_layout`.
 
-    Raises: ValueError: on an unknown format, or columns that the format's blocks do not divide.
+    Raises: ValueError: on an unknown format, sizes that are none, or columns that the format's blocks do not divide.
     """
+    for name, count in (("num_rows", num_rows), ("num_splits", num_splits), ("num_cols", num_cols)):
+        if type(count) is not int or count < 0:
+            raise ValueError(f"{name} must be a whole number of 0 or more; got {count!r}. Convert it with int().")
     check_blocks(format_name, num_cols)
     num_bytes = 0
     for part in parts_of(format_name, (num_cols,), columnwise, block_2d) if num_splits else ():

@@ -7,7 +7,8 @@ from typing import Literal, cast
 
 import torch
 
-from lighterage.formats.quantized_tensor import view_over
+from lighterage.formats.arguments import is_one_of
+from lighterage.formats.quantized_tensor import DIRECTIONS, value_dtype, view_over
 from lighterage.formats.quantizer import Backend, chosen_triton
 from lighterage.formats.split_tensors import SplitTensors
 from lighterage.kernels.reference import fp8_block, mxfp8, nvfp4
@@ -31,8 +32,10 @@ def dequantize_group(
 
     Returns: (M, K), leading dimensions flattened, not transposed. Rows past the last split are zeros. What NVFP4
     transformed before it quantized stays transformed: products of two such operands want it so.
-    Raises: ValueError: if there is no buffer of that direction.
+    Raises: ValueError: if there is no buffer of that direction. TypeError: on arguments of another kind.
     """
+    _check_group(tensors, direction)
+    dtype = value_dtype(dtype, tensors.dtype)
     buffer = tensors.buffers.get(direction)
     name = tensors.format_name
     if buffer is None or name is None:
@@ -40,7 +43,7 @@ def dequantize_group(
             f"there is no {direction} buffer to read: the group has {sorted(tensors.buffers) or 'none'}. "
             f"Quantize with {direction}=True into bulk buffers, or bring it back with with_buffers({direction}=...)."
         )
-    dtype, splits, fp8_dtype = dtype or tensors.dtype, tensors.splits, tensors.options.get("fp8_dtype")
+    splits, fp8_dtype = tensors.splits, tensors.options.get("fp8_dtype")
     if chosen_triton(backend, splits.device):
         from lighterage.kernels.triton.dequantize import dequantize_rows
 
@@ -65,6 +68,14 @@ def dequantize_group(
         if values_MK.numel():
             values_MK.copy_(_values(tensors, fields, direction == "columnwise", dtype, with_amax))
     return values
+
+
+def _check_group(tensors: object, direction: object) -> None:
+    if not isinstance(tensors, SplitTensors) or not is_one_of(direction, DIRECTIONS):
+        raise TypeError(
+            f"dequantize_group takes the tensors of split_quantize and 'rowwise' or 'columnwise'; got "
+            f"{type(tensors).__name__} and {direction!r}. A single tensor has dequantize()."
+        )
 
 
 def _values(

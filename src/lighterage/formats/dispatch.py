@@ -49,7 +49,14 @@ def answers_torch(cls: type[T]) -> type[T]:
     ) -> T:
         return unflatten(cls, inner, context, shape)
 
+    def set_item(tensor: torch.Tensor, index: object, value: object) -> None:
+        raise TypeError(
+            f"a quantized tensor cannot be written element by element: got an assignment into {tensor!r}. Dequantize "
+            "it first, or quantize new values into it with quantizer.update(x, out)."
+        )
+
     methods = {
+        "__setitem__": set_item,
         "__torch_function__": torch._C._disabled_torch_function_impl,
         "__torch_dispatch__": classmethod(torch_dispatch),
         "__tensor_flatten__": flatten,

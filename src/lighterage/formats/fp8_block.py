@@ -13,6 +13,7 @@ from typing import ClassVar, Literal, final
 import torch
 
 from lighterage.formats import bulk, quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags, check_number, is_one_of
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -51,11 +52,9 @@ class Float8BlockTensor(torch.Tensor):
 
         Raises: RuntimeError: if both usages were dropped.
         """
-        columnwise = quantized_tensor.some_direction(self) == "columnwise"
-        data, scale_inv = self.columnwise_data, self.columnwise_scale_inv
-        if not columnwise:
-            data, scale_inv = self.rowwise_data, self.rowwise_scale_inv
-        assert data is not None and scale_inv is not None
+        direction = quantized_tensor.some_direction(self)
+        columnwise = direction == "columnwise"
+        data, scale_inv = quantized_tensor.fields_of(self, direction)
         num_cols = self.shape[-1]
         num_rows = self.numel() // num_cols if num_cols else 0
         values = reference.dequantize(
@@ -64,7 +63,7 @@ class Float8BlockTensor(torch.Tensor):
             fp8_dtype=self.fp8_dtype,
             block_2d=self.block_scaling_dim == 2,
             columnwise=columnwise,
-            out_dtype=dtype or self.dtype,
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -80,11 +79,7 @@ class Float8BlockTensor(torch.Tensor):
     def _transposed(self, direction: str) -> dict[str, torch.Tensor] | None:
         if self.block_scaling_dim != 2:
             return None
-        if direction == "columnwise":
-            data, scale_inv = self.rowwise_data, self.rowwise_scale_inv
-        else:
-            data, scale_inv = self.columnwise_data, self.columnwise_scale_inv
-        assert data is not None and scale_inv is not None
+        data, scale_inv = quantized_tensor.fields_of(self, quantized_tensor.other_direction(direction))
         specs = self.inner_specs(self.shape)
         data_spec, scale_spec = specs[f"{direction}_data"], specs[f"{direction}_scale_inv"]
         rows = data.flatten(0, -2) if direction == "columnwise" else data.flatten(1)
@@ -128,10 +123,10 @@ class Float8BlockQuantizer:
 
     def __post_init__(self) -> None:
         fp8_max(self.fp8_dtype)
-        if self.block_scaling_dim not in (1, 2):
+        check_flags(self, "rowwise", "columnwise", "power_of_2_scale")
+        if not is_one_of(self.block_scaling_dim, (1, 2)):
             raise ValueError(f"block_scaling_dim must be 1 (1x128) or 2 (128x128); got {self.block_scaling_dim!r}.")
-        if not self.amax_epsilon >= 0:
-            raise ValueError(f"amax_epsilon must be 0 or more; got {self.amax_epsilon!r}.")
+        check_number("amax_epsilon", self.amax_epsilon, least=0)
 
     def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> Float8BlockTensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, of any sizes; not recorded by autograd.

@@ -12,6 +12,7 @@ from typing import ClassVar, final
 import torch
 
 from lighterage.formats import quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags, check_number
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.kernels.reference import fp8_tensor as reference
@@ -46,7 +47,10 @@ class Float8Tensor(torch.Tensor):
             data = self.rowwise_data
         assert data is not None and self.scale_inv is not None
         values = reference.dequantize(
-            data.contiguous(), self.scale_inv, fp8_dtype=self.fp8_dtype, out_dtype=dtype or self.dtype
+            data.contiguous(),
+            self.scale_inv,
+            fp8_dtype=self.fp8_dtype,
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -96,8 +100,8 @@ class Float8CurrentScalingQuantizer:
 
     def __post_init__(self) -> None:
         fp8_max(self.fp8_dtype)
-        if not self.amax_epsilon >= 0:
-            raise ValueError(f"amax_epsilon must be 0 or more; got {self.amax_epsilon!r}. Pass 0.0 for none.")
+        check_flags(self, "rowwise", "columnwise", "power_of_2_scale")
+        check_number("amax_epsilon", self.amax_epsilon, least=0)
 
     def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> Float8Tensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, of any sizes; not recorded by autograd.

@@ -17,11 +17,14 @@ Shape letters: M rows of one split (its leading dimensions flattened), K the las
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 
+from lighterage.formats.arguments import check_flag, is_one_of
 from lighterage.formats.parts import BASE_ALIGNMENT, FormatName, Part, SplitRows, parts_of, round_up
 
 _ITEM_BYTES = {"uint8": 1, "float32": 4}
@@ -155,6 +158,14 @@ def _layout_of(
     return BulkLayout(format_name, SplitRows(splits, prod(row_shape[:-1])), row_shape, columnwise, block_2d)
 
 
+@lru_cache(maxsize=256)
+def known_layout(
+    format_name: FormatName, rows: SplitRows, row_shape: tuple[int, ...], columnwise: bool, block_2d: bool
+) -> BulkLayout:
+    """`BulkLayout` of checked rows, kept: the layers and steps that split alike share one, with what it has counted."""
+    return BulkLayout(format_name, rows, row_shape, columnwise, block_2d)
+
+
 def bulk_layout(
     format_name: FormatName,
     m_splits: Sequence[int],
@@ -175,12 +186,25 @@ def bulk_layout(
     See the module's docstring for a worked example.
 
     Raises: ValueError: on an unknown format, a negative split, or sizes that the format's blocks do not divide.
+        TypeError: on splits, dimensions or flags of another kind.
     Source: Transformer Engine pytorch/csrc/extensions/allocate.cpp and cast.cpp (bulk allocation).
     """
-    shape = (row_shape,) if isinstance(row_shape, int) else tuple(row_shape)
+    try:
+        shape = (
+            (operator.index(row_shape),) if hasattr(row_shape, "__index__") else tuple(map(operator.index, row_shape))
+        )
+    except TypeError:
+        shape = ()
+    if not shape or min(shape) < 0 or isinstance(row_shape, bool):
+        raise TypeError(
+            f"row_shape must be K, or the input's dimensions after the first, of 0 or more; got {row_shape!r}."
+        )
+    check_flag("columnwise", columnwise)
+    check_flag("block_2d", block_2d)
     return BulkLayout(format_name, checked_rows(format_name, m_splits, shape), shape, columnwise, block_2d)
 
 
+_INT, _UNORDERED = {int}, (set, frozenset, dict)
 BLOCK_MULTIPLE: dict[str, int] = {"fp8_block": 1, "mxfp8": 32, "nvfp4": 16}
 """What the rows of every split and K must be multiples of."""
 _TITLE = {"fp8_block": "Float8Block", "mxfp8": "MXFP8", "nvfp4": "NVFP4"}
@@ -202,14 +226,23 @@ def split_rows(m_splits: Sequence[int], rows_per_split: int = 1) -> SplitRows:
 
     Raises: ValueError, TypeError: naming the first size that breaks the rule.
     """
-    try:
-        rows = SplitRows(tuple(m_splits), rows_per_split)
-    except TypeError:
-        raise TypeError(f"m_splits must be integers; got {m_splits!r}. Convert each split with int().") from None
+    rows = SplitRows(_whole_numbers(m_splits), rows_per_split)
     if rows.bits < 0:
         index = next(i for i, num_rows in enumerate(rows.rows) if num_rows < 0)
         raise ValueError(f"m_splits must not be negative; got {rows.splits[index]} at index {index}. Use 0 for none.")
     return rows
+
+
+def _whole_numbers(m_splits: Sequence[int]) -> tuple[int, ...]:
+    try:
+        sizes = tuple(m_splits)
+        if set(map(type, sizes)) <= _INT and not isinstance(m_splits, _UNORDERED):
+            return sizes
+        if isinstance(m_splits, _UNORDERED) or any(isinstance(size, bool) for size in sizes):
+            raise TypeError
+        return tuple(map(operator.index, sizes))  # NumPy's, which would overflow where Python's do not
+    except (TypeError, RuntimeError):
+        raise TypeError(f"m_splits must be integers; got {m_splits!r}. Convert each split with int().") from None
 
 
 def check_blocks(format_name: FormatName, num_cols: int) -> None:
@@ -217,7 +250,7 @@ def check_blocks(format_name: FormatName, num_cols: int) -> None:
 
     Raises: ValueError.
     """
-    if format_name not in BLOCK_MULTIPLE:
+    if not is_one_of(format_name, BLOCK_MULTIPLE):
         raise ValueError(f"unknown format {format_name!r} for a bulk layout. Pass one of {sorted(BLOCK_MULTIPLE)}.")
     multiple = BLOCK_MULTIPLE[format_name]
     if num_cols % multiple:

@@ -12,6 +12,7 @@ from typing import ClassVar, final
 import torch
 
 from lighterage.formats import bulk, quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -48,17 +49,14 @@ class MXFP8Tensor(torch.Tensor):
 
         Raises: RuntimeError: if both usages were dropped.
         """
-        columnwise = quantized_tensor.some_direction(self) == "columnwise"
-        data, scale = self.columnwise_data, self.columnwise_scale_inv
-        if not columnwise:
-            data, scale = self.rowwise_data, self.rowwise_scale_inv
-        assert data is not None and scale is not None
+        direction = quantized_tensor.some_direction(self)
+        data, scale = quantized_tensor.fields_of(self, direction)
         values = reference.dequantize(
             data.flatten(0, -2),
             scale,
             fp8_dtype=self.fp8_dtype,
-            columnwise=columnwise,
-            out_dtype=dtype or self.dtype,
+            columnwise=direction == "columnwise",
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -97,6 +95,7 @@ class MXFP8Quantizer:
 
     def __post_init__(self) -> None:
         fp8_max(self.fp8_dtype)
+        check_flags(self, "rowwise", "columnwise")
 
     def __call__(self, x: torch.Tensor, *, backend: quantizer.Backend = "auto") -> MXFP8Tensor:
         """Quantize `x` (*leading, K) bf16, fp16 or fp32, rows and K multiples of 32; not recorded by autograd.

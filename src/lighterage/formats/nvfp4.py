@@ -12,6 +12,7 @@ from typing import ClassVar, final
 import torch
 
 from lighterage.formats import bulk, quantized_tensor, quantizer
+from lighterage.formats.arguments import check_flags
 from lighterage.formats.dispatch import answers_torch
 from lighterage.formats.layout import ViewSpec
 from lighterage.formats.parts import FormatName
@@ -55,18 +56,16 @@ class NVFP4Tensor(torch.Tensor):
         Values that were transformed are transformed back.
         Raises: RuntimeError: if both usages were dropped.
         """
-        columnwise = quantized_tensor.some_direction(self) == "columnwise"
-        data, scale, amax = self.columnwise_data, self.columnwise_scale_inv, self.columnwise_amax
-        if not columnwise:
-            data, scale, amax = self.rowwise_data, self.rowwise_scale_inv, self.rowwise_amax
-        assert data is not None and scale is not None and amax is not None
+        direction = quantized_tensor.some_direction(self)
+        columnwise = direction == "columnwise"
+        data, scale, amax = quantized_tensor.fields_of(self, direction)
         values = reference.dequantize(
             data if columnwise else data.flatten(0, -2),
             scale,
             amax,
             columnwise=columnwise,
             hadamard=columnwise and self.with_rht,
-            out_dtype=dtype or self.dtype,
+            out_dtype=quantized_tensor.value_dtype(dtype, self.dtype),
         )
         return values.view(self.shape)
 
@@ -82,11 +81,7 @@ class NVFP4Tensor(torch.Tensor):
     def _transposed(self, direction: str) -> dict[str, torch.Tensor] | None:
         if not self.with_2d_quantization:
             return None
-        if direction == "columnwise":
-            data, scale, amax = self.rowwise_data, self.rowwise_scale_inv, self.rowwise_amax
-        else:
-            data, scale, amax = self.columnwise_data, self.columnwise_scale_inv, self.columnwise_amax
-        assert data is not None and scale is not None and amax is not None
+        data, scale, amax = quantized_tensor.fields_of(self, quantized_tensor.other_direction(direction))
         specs = self.inner_specs(self.shape)
         data, scale = reference.transpose_2d(data.flatten(0, -2), scale)
         return {
@@ -126,6 +121,9 @@ class NVFP4Quantizer:
     tensor_class: ClassVar[type[torch.Tensor]] = NVFP4Tensor
 
     def __post_init__(self) -> None:
+        check_flags(self, "rowwise", "columnwise", "with_rht", "stochastic_rounding", "with_2d_quantization")
+        if self.generator is not None and not isinstance(self.generator, torch.Generator):
+            raise TypeError(f"generator must be a torch.Generator or None; got {self.generator!r}.")
         if self.stochastic_rounding and self.generator is None:
             raise ValueError(
                 "stochastic_rounding needs a generator to be reproducible; got None. "

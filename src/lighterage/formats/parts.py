@@ -39,6 +39,12 @@ class SplitRows:
         self.total = sum(self.rows)
         self._num_units: dict[int, int] = {}
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SplitRows) and self.splits == other.splits and self.rows == other.rows
+
+    def __hash__(self) -> int:
+        return hash(self.rows)
+
     def num_units(self, rows_per_unit: int) -> int:
         """Units of all splits, each split's last one counted whole. `rows_per_unit`: a power of two."""
         if self.bits & (rows_per_unit - 1) == 0:

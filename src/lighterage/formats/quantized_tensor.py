@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, ClassVar, TypeVar, cast
 
 import torch
 
+from lighterage.formats.arguments import check_flag
 from lighterage.formats.layout import BulkLayout, ViewSpec
 from lighterage.formats.parts import FormatName, SplitRows
+from lighterage.formats.tensor_arguments import FLOAT_DTYPES
 
 DTYPES = {"uint8": torch.uint8, "float32": torch.float32}
 DIRECTIONS = ("rowwise", "columnwise")
@@ -121,7 +123,29 @@ def view_over(buffer: torch.Tensor, spec: ViewSpec) -> torch.Tensor:
     return buffer.narrow(0, spec.offset, num_bytes).view(DTYPES[spec.dtype]).view(spec.shape)
 
 
+def value_dtype(dtype: object, default: torch.dtype) -> torch.dtype:
+    """What to dequantize to: `dtype`, or `default` if it is None.
+
+    Raises: TypeError.
+    """
+    if dtype is None:
+        return default
+    if not isinstance(dtype, torch.dtype) or dtype not in FLOAT_DTYPES:
+        raise TypeError(f"a tensor is dequantized to bf16, fp16, fp32 or fp64; got {dtype!r}. Cast the result further.")
+    return dtype
+
+
 # --- usages ---------------------------------------------------------------------------------------------------------
+
+
+def other_direction(direction: str) -> str:
+    """The one of the two that `direction` is not."""
+    return DIRECTIONS[1 - DIRECTIONS.index(direction)]
+
+
+def fields_of(tensor: torch.Tensor, direction: str) -> list[torch.Tensor]:
+    """The plain tensors of a direction that is there, in the order of the fields: data, scales, perhaps an amax."""
+    return [getattr(tensor, name) for name in as_quantized(tensor).FIELDS if name.startswith(direction)]
 
 
 def has_usage(tensor: torch.Tensor, direction: str) -> bool:
@@ -141,10 +165,13 @@ def update_usage(
     Raises: ValueError: if a missing direction cannot be made.
     """
     wanted = {"rowwise": rowwise, "columnwise": columnwise}
+    for direction, want in wanted.items():
+        if want is not None:
+            check_flag(f"{direction}_usage", want)
     made: dict[str, torch.Tensor] = {}
     for direction, want in wanted.items():
         if want and not has_usage(tensor, direction):
-            other = DIRECTIONS[1 - DIRECTIONS.index(direction)]
+            other = other_direction(direction)
             fields = derive(direction) if has_usage(tensor, other) else None
             if fields is None:
                 why = f"cannot be made exactly from the {other} data" if has_usage(tensor, other) else "has gone away"
@@ -198,6 +225,11 @@ def restore_from_saved(tensor: torch.Tensor, saved: Sequence[torch.Tensor | None
     Raises: ValueError: if its length, or the shape, dtype or device of a tensor is wrong.
     """
     fields = as_quantized(tensor).FIELDS
+    if not isinstance(saved, (list, tuple)) or any(not isinstance(x, torch.Tensor | None) for x in saved):
+        raise TypeError(
+            "restore_from_saved takes the list of tensors and None that prepare_for_saving() gave; got "
+            f"{type(saved).__name__}."
+        )
     if len(saved) != len(fields):
         raise ValueError(
             f"{type(tensor).__name__} has {len(fields)} fields to restore {list(fields)}; got {len(saved)} tensors. "

@@ -7,8 +7,10 @@ from typing import ClassVar, Literal, Protocol
 
 import torch
 
+from lighterage.formats.arguments import check_flag, is_one_of
 from lighterage.formats.parts import FormatName
 from lighterage.formats.quantized_tensor import T, options_of
+from lighterage.formats.tensor_arguments import check_no_transform
 
 Backend = Literal["auto", "reference", "triton"]
 RoundingBits = Callable[[tuple[int, int]], torch.Tensor] | None
@@ -84,9 +86,10 @@ def quantize_into(quantizer: Quantizer, x: torch.Tensor, out: T, *, backend: Bac
 def chosen_triton(backend: Backend, device: torch.device) -> bool:
     """Whether Triton does the work.
 
-    Raises: ValueError: on a device that nothing was chosen for, or an unknown name.
+    Raises: ValueError: on a device that nothing was chosen for or that holds nothing, or an unknown name.
     """
     check_backend(backend)
+    check_has_memory(device)
     if backend == "auto" and device.type not in ("cpu", "cuda"):
         raise ValueError(
             f"there are no fast kernels for {device.type} tensors. Pass backend='reference' for the slow, exact ones."
@@ -94,21 +97,32 @@ def chosen_triton(backend: Backend, device: torch.device) -> bool:
     return backend == "triton" or (backend == "auto" and device.type == "cuda")
 
 
+def check_has_memory(device: torch.device) -> None:
+    """Check that tensors on `device` have values.
+
+    Raises: ValueError.
+    """
+    if device.type == "meta":
+        raise ValueError(
+            "tensors on the meta device have no values to quantize. Move them first: x.to_empty, or to('cpu')."
+        )
+
+
 def check_backend(backend: str) -> None:
     """Check the name of a backend.
 
     Raises: ValueError.
     """
-    if backend not in ("auto", "reference", "triton"):
+    if not is_one_of(backend, ("auto", "reference", "triton")):
         raise ValueError(f"backend must be 'auto', 'reference' or 'triton'; got {backend!r}.")
 
 
 def set_usage(quantizer: Quantizer, *, rowwise: bool | None = None, columnwise: bool | None = None) -> None:
     """Choose which directions the next tensors get; None leaves one as it is."""
-    if rowwise is not None:
-        quantizer.rowwise = rowwise
-    if columnwise is not None:
-        quantizer.columnwise = columnwise
+    for name, usage in (("rowwise", rowwise), ("columnwise", columnwise)):
+        if usage is not None:
+            check_flag(name, usage)
+            setattr(quantizer, name, usage)
 
 
 def check_usage(quantizer: Quantizer) -> None:
@@ -132,6 +146,9 @@ def check_input(x: object) -> None:
         raise TypeError(f"quantization needs a strided bf16, fp16 or fp32 tensor; got {got}. Cast x first.")
     if hasattr(x, "FIELDS"):
         raise TypeError(f"x is quantized already: {x!r}. Call x.dequantize() first, or use it as it is.")
+    check_no_transform("quantization")
+    if x.is_nested:
+        raise TypeError("quantization needs a strided tensor; got a nested one. Pass its values: x.values().")
     if x.ndim < 2:
         raise ValueError(f"quantization needs x of 2 dimensions or more; got {tuple(x.shape)}. Use x.view(1, -1).")
 

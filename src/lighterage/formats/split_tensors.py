@@ -12,6 +12,7 @@ from lighterage.formats.capacity import BulkCapacity
 from lighterage.formats.layout import BulkLayout
 from lighterage.formats.parts import FormatName
 from lighterage.formats.quantized_tensor import as_quantized, construct, view_over
+from lighterage.formats.quantizer import BulkQuantizer
 from lighterage.formats.splits import Splits
 
 Buffers = Mapping[str, torch.Tensor]
@@ -58,6 +59,28 @@ class Group:
         self.layouts = layouts or {}
         """By direction, of the directions that were quantized: capacities where only the device knows the splits."""
         self._known: dict[str, BulkLayout] = {}
+
+    @classmethod
+    def made_by(
+        cls,
+        quantizer: BulkQuantizer,
+        splits: Splits,
+        *,
+        dtype: torch.dtype,
+        row_shape: tuple[int, ...],
+        layouts: Mapping[str, BulkLayout | BulkCapacity],
+    ) -> Group:
+        """The group that a quantizer of bulk layouts makes of splits of such an input."""
+        return cls(
+            tensor_class=quantizer.tensor_class,
+            options=quantizer.tensor_options(),
+            format_name=quantizer.format_name,
+            block_2d=quantizer.block_2d,
+            dtype=dtype,
+            row_shape=row_shape,
+            splits=splits,
+            layouts=layouts,
+        )
 
     def layout(self, direction: str) -> BulkLayout:
         """Where everything lies. Splits that only the device knows are asked for, once, which waits for it."""

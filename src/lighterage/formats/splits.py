@@ -19,6 +19,7 @@ from typing import final
 
 import torch
 
+from lighterage.formats.arguments import check_count
 from lighterage.formats.layout import split_rows
 from lighterage.formats.parts import SplitRows
 
@@ -34,7 +35,7 @@ class Splits:
     """`num_splits` runs of consecutive rows, some of them perhaps empty. Immutable. Made by `Splits.of`."""
 
     num_rows: int
-    """Rows of the matrix. Those past the last split, which only splits from the device may leave, belong to none."""
+    """Rows of the matrix. Those past the last split, which only sizes in a tensor may leave, belong to none."""
     ends: torch.Tensor
     """int64 (num_splits,), on the device: the rows up to and including each split."""
     rows: SplitRows | None = None
@@ -53,13 +54,17 @@ class Splits:
 
         m_splits: integers; a 1-D integer tensor on the CPU, which is read; one on `device`, which is not; or `Splits`,
             which are checked against the rest and returned.
-        num_rows: what integers must add up to. Sizes on the device may add up to less.
+        num_rows: what integers must add up to. Sizes in a tensor, on either, may add up to less.
         device: where the rows are. Work lands on its current stream.
         rows_per_split: rows that a unit of `m_splits` and of `num_rows` stands for, where `num_rows` counts the first
             of several leading dimensions.
 
         Raises: ValueError, TypeError: naming the rule, what was received, and what to do.
         """
+        may_be_short = not isinstance(m_splits, Sequence)
+        check_count("num_rows", num_rows)
+        if not isinstance(device, (str, torch.device)):
+            raise TypeError(f"device must be a torch.device or its name; got {device!r}. Pass x.device.")
         if isinstance(device, str) or (device.type == "cuda" and device.index is None):
             device = torch.empty(0, device=device).device  # with its index
         if isinstance(m_splits, Splits):
@@ -74,7 +79,7 @@ class Splits:
                 raise ValueError(_NEEDS_MATRIX)
             m_splits = m_splits.host
         if isinstance(m_splits, torch.Tensor):
-            _check_sizes(m_splits, device)
+            check_sizes(m_splits, device)
             if m_splits.device.type != "cpu":
                 if rows_per_split != 1:
                     raise ValueError(_NEEDS_MATRIX)
@@ -82,13 +87,13 @@ class Splits:
             m_splits = m_splits.tolist()
         rows = split_rows(m_splits, rows_per_split)
         total = rows.total if rows_per_split == 1 else sum(rows.splits)
-        if total != num_rows:
+        if total > num_rows or (total < num_rows and not may_be_short):
             which = "short" if total < num_rows else "long"
             raise ValueError(
                 f"m_splits must add up to the first dimension of x; got a sum of {total} for {num_rows}: too {which} "
                 f"by {abs(total - num_rows)}. Slice x, or correct m_splits."
             )
-        return cls(num_rows=rows.total, ends=upload_ends(rows.rows, device), rows=rows)
+        return cls(num_rows=num_rows * rows_per_split, ends=upload_ends(rows.rows, device), rows=rows)
 
     @property
     def num_splits(self) -> int:
@@ -104,6 +109,11 @@ class Splits:
     def host(self) -> tuple[int, ...] | None:
         """The size of every split; None if only the device knows."""
         return None if self.rows is None else self.rows.rows
+
+    @property
+    def cover_all_rows(self) -> bool:
+        """Whether the host knows that every row belongs to a split."""
+        return self.rows is not None and self.rows.total == self.num_rows
 
     @cached_property
     def ends_int32(self) -> torch.Tensor:
@@ -142,7 +152,11 @@ def upload_ends(rows: Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.cumsum(sizes, 0, out=staging).to(device, non_blocking=True)
 
 
-def _check_sizes(m_splits: torch.Tensor, device: torch.device) -> None:
+def check_sizes(m_splits: torch.Tensor, device: torch.device) -> None:
+    """Check that a tensor can hold the sizes of splits of rows on `device`.
+
+    Raises: ValueError, TypeError.
+    """
     dtype = m_splits.dtype
     if m_splits.dim() != 1 or dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
         raise TypeError(

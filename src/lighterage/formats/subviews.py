@@ -55,6 +55,7 @@ def get_columnwise_subview_info(tensors: Sequence[torch.Tensor], columnwise_buff
     Raises: ValueError, TypeError: if a tensor has no columnwise data, or data elsewhere than in this buffer.
     """
     check_buffer(columnwise_buffer, "columnwise")
+    _check_tensors(tensors)
     if isinstance(tensors, SplitTensors) and tensors.num_missing:
         own = tensors.buffers.get("columnwise")
         if own is None or not _same_bytes(own, columnwise_buffer):
@@ -79,6 +80,9 @@ def restore_columnwise_subviews(
     `info` was made for.
     """
     check_buffer(columnwise_buffer, "columnwise")
+    _check_tensors(tensors)
+    if not isinstance(info, SubviewInfo):
+        raise TypeError(f"info is what get_columnwise_subview_info gave; got {type(info).__name__}.")
     if len(tensors) != len(info):
         raise ValueError(
             f"the info is of {len(info)} tensors; got {len(tensors)}. Pass the same tensors in the same order."
@@ -103,6 +107,13 @@ def restore_columnwise_subviews(
             )
         check_returned(columnwise_buffer, "columnwise", info.num_bytes, tensor.device)
         _restore(tensor, index, columnwise_buffer, info.of(index))
+
+
+def _check_tensors(tensors: object) -> None:
+    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
+        raise TypeError(
+            f"tensors are a list of quantized tensors; got {type(tensors).__name__}. Pass split_quantize's."
+        )
 
 
 def _restore(tensor: torch.Tensor, index: int, buffer: torch.Tensor, views: dict[str, ViewSpec]) -> None:

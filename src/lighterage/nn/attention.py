@@ -11,9 +11,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from lighterage.formats.arguments import check_count
 from lighterage.formats.quantizer import Quantizer
 from lighterage.nn.linear import Linear
-from lighterage.ops.attention import MarkOutput, attention
+from lighterage.ops.attention import MarkOutput, attention, check_options
 from lighterage.ops.rotary import rotary_table, rotate_heads
 from lighterage.recipes import Recipe
 
@@ -36,15 +37,7 @@ class DotProductAttention(nn.Module):
         Raises: ValueError, TypeError: on a probability that is none, an unknown mark, or no quantizer.
         """
         super().__init__()
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"dropout must be at least 0 and less than 1; got {dropout}.")
-        if mark_output not in (True, False, "auto"):
-            raise ValueError(f'mark_output must be True, False or "auto"; got {mark_output!r}.')
-        if output_quantizer is not None and not callable(output_quantizer):
-            raise TypeError(
-                f"output_quantizer must be a quantizer; got {output_quantizer!r}. Of a recipe pass "
-                'recipe.quantizer("input", rowwise=True, columnwise=True).'
-            )
+        check_options(causal, scale, dropout, mark_output, output_quantizer)
         self.causal = causal
         self.scale = scale
         self.dropout = dropout
@@ -117,6 +110,8 @@ class SelfAttention(nn.Module):
         """
         super().__init__()
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        for name, count in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+            check_count(name, count, least=1)
         if hidden_size % num_heads or num_heads % num_kv_heads:
             raise ValueError(
                 f"num_heads must divide hidden_size, and num_kv_heads num_heads; got {hidden_size}, {num_heads} and "

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from lighterage.formats.arguments import check_count, check_flag
 from lighterage.formats.splits import Splits
 from lighterage.ops.grouped_linear import grouped_linear
 from lighterage.ops.stacking import are_side_by_side
@@ -41,8 +42,15 @@ class GroupedLinear(nn.Module):
             are used without a copy as long as they do: `pack_parameters` puts them back there.
         """
         super().__init__()
-        if num_gemms < 1:
-            raise ValueError(f"num_gemms must be at least 1; got {num_gemms}.")
+        check_count("num_gemms", num_gemms, least=1)
+        check_count("in_features", in_features)
+        check_count("out_features", out_features)
+        for name, flag in (
+            ("save_original_input", save_original_input),
+            ("single_weight", single_weight),
+            ("bias", bias),
+        ):
+            check_flag(name, flag)
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.recipe = check_recipe(recipe)
         self.save_original_input = save_original_input

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import nn
 
+from lighterage.formats.arguments import check_count, check_flag
 from lighterage.ops.linear import linear
 from lighterage.recipes import Recipe, check_recipe
 
@@ -31,6 +32,9 @@ class Linear(nn.Module):
         save_original_input: save the input itself and quantize it again in backward.
         """
         super().__init__()
+        check_count("in_features", in_features)
+        check_count("out_features", out_features)
+        check_flag("save_original_input", save_original_input)
         self.in_features, self.out_features = in_features, out_features
         self.recipe = check_recipe(recipe)
         self.save_original_input = save_original_input

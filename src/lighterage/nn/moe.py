@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lighterage.formats.arguments import check_count, check_flag
+from lighterage.formats.tensor_arguments import check_tensor
 from lighterage.ops.gemm_backends import BackendName
 from lighterage.ops.grouped_mlp import SaveActivation, grouped_mlp
 from lighterage.ops.permute import pad_rows, permute, plan_permutation, unpad_rows, unpermute, weights_of_rows
@@ -37,6 +39,7 @@ class GatedMLP(nn.Module):
         `w1` is (2 * ffn_size, hidden_size), the gate's rows first; `w2` is (hidden_size, ffn_size).
         """
         super().__init__()
+        _check_sizes(hidden_size, ffn_size)
         self.recipe = check_recipe(recipe)
         self.save_activation: SaveActivation = save_activation
         self.backend: BackendName = backend
@@ -51,6 +54,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(*, H) to (*, H). Rows are padded to what the recipe needs."""
+        _check_input(x, self.w1.shape[-1])
         x_TH = x.flatten(0, -2)
         sizes, alignment = [x_TH.shape[0]], alignment_of(self.recipe)
         if uneven := sizes[0] % alignment != 0:
@@ -117,7 +121,10 @@ class MoE(nn.Module):
         Raises: ValueError: if `top_k` is not from 1 to `num_experts`.
         """
         super().__init__()
-        if not 1 <= top_k <= num_experts:
+        _check_sizes(hidden_size, ffn_size)
+        check_count("num_experts", num_experts, least=1)
+        check_flag("normalize", normalize)
+        if not 1 <= check_count("top_k", top_k) <= num_experts:
             raise ValueError(f"top_k must be from 1 to the {num_experts} experts; got {top_k}.")
         self.num_experts, self.top_k = num_experts, top_k
         self.recipe = check_recipe(recipe)
@@ -151,6 +158,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> MoEOutput:
         """(*, H) to (*, H), and the auxiliary loss."""
+        _check_input(x, self.router.shape[-1])
         x_TH = x.flatten(0, -2)
         logits_TE = router_logits(x_TH, self.router)
         routing = route(logits_TE, self.top_k, score=self.score, normalize=self.normalize)
@@ -178,6 +186,17 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """What `print` shows."""
         return f"num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, recipe={self.recipe}"
+
+
+def _check_sizes(hidden_size: int, ffn_size: int) -> None:
+    check_count("hidden_size", hidden_size, least=1)
+    check_count("ffn_size", ffn_size, least=1)
+
+
+def _check_input(x: Tensor, hidden_size: int) -> None:
+    check_tensor("x", x)
+    if x.ndim < 2 or x.shape[-1] != hidden_size:
+        raise ValueError(f"x must be (*, {hidden_size}) of 2 dimensions or more; got {tuple(x.shape)}.")
 
 
 def _fill(weight: Tensor) -> None:

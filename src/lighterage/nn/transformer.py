@@ -36,6 +36,8 @@ class TransformerBlock(nn.Module):
         The rest as of `SelfAttention`; `eps` is the norms'.
         """
         super().__init__()
+        if not isinstance(feed_forward, nn.Module):
+            raise TypeError(f"feed_forward must be a torch.nn.Module; got {feed_forward!r}. Pass a GatedMLP or a MoE.")
         self.attention_norm = nn.RMSNorm(hidden_size, eps=eps, device=device, dtype=dtype)
         self.attention = SelfAttention(
             hidden_size,

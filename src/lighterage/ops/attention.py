@@ -11,10 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lighterage.formats.arguments import check_count, check_flag, check_number
 from lighterage.formats.quantizer import Quantizer
+from lighterage.formats.tensor_arguments import check_no_transform, check_tensor
 from lighterage.marks import mark_not_offload
 from lighterage.ops.packed_attention import UNEQUAL_LENGTHS, packed_attention
 
+_WHOLE = (torch.int32, torch.int64, torch.int16, torch.int8)
 MarkOutput = Literal["auto"] | bool
 
 
@@ -44,15 +47,18 @@ def attention(
     cu_seqlens: int32 (sequences + 1,), the ends of the sequences of a packed q, beginning with 0 and ending with T;
         `cu_seqlens_kv` those of k and v if they differ. On the device the host never reads them; on a GPU with dropout,
         or in fp32, there is one kernel for each sequence, and they must be on the host.
-    max_seqlen, max_seqlen_kv: at least the longest sequence. Unless given T, which is always enough; less launches
-        fewer blocks on a GPU.
+    max_seqlen, max_seqlen_kv: at least the longest sequence of packed ones; checked where the host has cu_seqlens.
+        Unless given T, which is always enough; less launches fewer blocks on a GPU.
     output_quantizer: quantize the output; the gradient goes straight through.
     mark_output: see Note [Which allocation of an output moves].
 
     Returns: (B, S, N * H) or (T, N * H) of q's dtype, or the quantized tensor of that shape.
     Raises: ValueError, TypeError: naming the rule that an argument breaks.
     """
-    _check(q, k, v, causal, dropout, cu_seqlens, cu_seqlens_kv)
+    _check(q, k, v, causal, cu_seqlens, cu_seqlens_kv)
+    check_options(causal, scale, dropout, mark_output, output_quantizer)
+    for name, longest, tokens in (("max_seqlen", max_seqlen, q), ("max_seqlen_kv", max_seqlen_kv, k)):
+        _check_longest(name, longest, tokens.shape[0], cu_seqlens is not None)
     if cu_seqlens is None:
         gqa = k.shape[-2] != q.shape[-2]
         out = F.scaled_dot_product_attention(
@@ -66,8 +72,11 @@ def attention(
         ).transpose(1, 2)
     else:
         ends_kv = cu_seqlens if cu_seqlens_kv is None else cu_seqlens_kv
-        longest = max_seqlen or q.shape[0]
-        longest_kv = max_seqlen_kv or (longest if cu_seqlens_kv is None else k.shape[0])
+        longest = q.shape[0] if max_seqlen is None else min(max_seqlen, q.shape[0])
+        if max_seqlen_kv is not None:
+            longest_kv = min(max_seqlen_kv, k.shape[0])
+        else:
+            longest_kv = longest if cu_seqlens_kv is None else k.shape[0]
         out = packed_attention(q, k, v, cu_seqlens, ends_kv, longest, longest_kv, causal, scale, dropout)
     saved_by_itself = _saved_here_for_good(out)
     out = out.flatten(-2)
@@ -127,9 +136,11 @@ class _Quantized(torch.autograd.Function):
 # --- wrong use -------------------------------------------------------------------------------------------------------
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, causal: bool, dropout: float, ends: Tensor | None, ends_kv: Tensor | None
-) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None, ends_kv: Tensor | None) -> None:
+    if not torch.compiler.is_compiling():
+        check_no_transform("attention")
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     dims = 4 if ends is None else 3
     if not q.ndim == k.ndim == v.ndim == dims:
@@ -150,19 +161,51 @@ def _check(
             f"attention needs q, k and v of one dtype on one device; got {q.dtype} on {q.device}, {k.dtype} on "
             f"{k.device}, {v.dtype} on {v.device}."
         )
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout must be at least 0 and less than 1; got {dropout}.")
     if causal and ends is None and q.shape[1] != k.shape[1]:
         raise ValueError(UNEQUAL_LENGTHS.format(q.shape[1], k.shape[1]))
     if ends is None and ends_kv is not None:
         raise ValueError("cu_seqlens_kv belongs to packed sequences: pass cu_seqlens too.")
     for name, bound in (("cu_seqlens", ends), ("cu_seqlens_kv", ends_kv)):
-        if bound is not None and (bound.ndim != 1 or bound.numel() < 2 or bound.is_floating_point()):
+        if bound is not None:
+            check_tensor(name, bound, dtypes=None)
+        if bound is not None and (bound.ndim != 1 or bound.numel() < 2 or bound.dtype not in _WHOLE):
             raise ValueError(
                 f"{name} must be whole numbers of shape (sequences + 1,); got {bound.dtype} {tuple(bound.shape)}."
             )
+    if ends is not None and v.shape[-1] != q.shape[-1]:
+        raise ValueError(f"packed attention needs values as wide as queries; got {shapes}. Pad v, and cut the output.")
     if ends is not None and ends_kv is not None and ends.numel() != ends_kv.numel():
         raise ValueError(
             f"cu_seqlens and cu_seqlens_kv must be of the same number of sequences; got {ends.numel() - 1} and "
             f"{ends_kv.numel() - 1}."
         )
+
+
+def check_options(
+    causal: bool, scale: float | None, dropout: float, mark_output: object, output_quantizer: object
+) -> None:
+    """Check what does not depend on the tensors.
+
+    Raises: ValueError, TypeError.
+    """
+    check_flag("causal", causal)
+    check_number("dropout", dropout)
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be at least 0 and less than 1; got {dropout}.")
+    if scale is not None:
+        check_number("scale", scale)
+    if not isinstance(mark_output, bool) and mark_output != "auto":
+        raise ValueError(f'mark_output must be True, False or "auto"; got {mark_output!r}.')
+    if output_quantizer is not None and not hasattr(type(output_quantizer), "set_usage"):
+        raise TypeError(
+            f"output_quantizer must be a quantizer; got {output_quantizer!r}. Of a recipe pass "
+            'recipe.quantizer("input", rowwise=True, columnwise=True).'
+        )
+
+
+def _check_longest(name: str, longest: object, num_tokens: int, is_packed: bool) -> None:
+    if longest is None:
+        return
+    if not is_packed:
+        raise ValueError(f"{name} belongs to packed sequences: pass cu_seqlens too, or leave it out.")
+    check_count(name, longest, least=min(num_tokens, 1))

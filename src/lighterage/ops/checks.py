@@ -9,9 +9,30 @@ import torch
 
 from lighterage.formats.quantized_tensor import is_quantized
 from lighterage.formats.splits import Splits
+from lighterage.formats.tensor_arguments import check_has_values, check_no_transform, check_tensor
 from lighterage.recipes import Recipe
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+_OPTIONAL = ("bias", "probs")
+
+
+def check_operands(x: object, **parameters: object) -> None:
+    """Check that the input, weights and biases of a layer, by name, are tensors at all, and none is a transform's.
+
+    Raises: TypeError, RuntimeError.
+    """
+    check_no_transform("quantized and grouped layers")
+    check_tensor("x", x, dtypes=None)
+    check_has_values("x", x)
+    for name, parameter in parameters.items():
+        if parameter is not None or name not in _OPTIONAL:
+            check_tensor(name, parameter, dtypes=None)
+            if is_quantized(parameter):
+                raise TypeError(
+                    f"{name} must be in high precision, and is quantized by the recipe; got {parameter!r}. Pass what "
+                    "it was made from, or its dequantize()."
+                )
 
 
 def checked_rows(x: torch.Tensor, w_ENK: torch.Tensor, recipe: Recipe | None) -> torch.Tensor:
@@ -19,6 +40,10 @@ def checked_rows(x: torch.Tensor, w_ENK: torch.Tensor, recipe: Recipe | None) ->
 
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
+    if x.device.type == "meta":
+        raise ValueError(
+            "the input is on the meta device and has no values. Make the model and its input on a real one."
+        )
     if x.dtype not in _DTYPES or (is_quantized(x) and recipe is None):
         raise TypeError(
             f"a linear layer needs a bf16, fp16 or fp32 input; got a {type(x).__name__} of {x.dtype}. Cast it, or call "
@@ -29,6 +54,8 @@ def checked_rows(x: torch.Tensor, w_ENK: torch.Tensor, recipe: Recipe | None) ->
     if x.device != w_ENK.device:
         raise ValueError(f"the input is on {x.device} and the weight on {w_ENK.device}. Move one: x.to(weight.device).")
     num_out, num_in = w_ENK.shape[1:]
+    if w_ENK.shape[0] == 0 or num_in == 0:
+        raise ValueError(f"there must be an expert and an input feature at least; got weights {tuple(w_ENK.shape)}.")
     if x.ndim < 1 or x.shape[-1] != num_in:
         raise ValueError(
             f"the last dimension of the input must be the {num_in} input features; got {tuple(x.shape)} for weights "

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
 
 import torch
 
+from lighterage.formats.arguments import is_one_of
 from lighterage.formats.split_tensors import SplitTensors
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
 
 Operand: TypeAlias = SplitTensors | torch.Tensor
-BackendName = Literal["auto", "torch", "triton", "reference", "emulation"]
+BackendName = Literal["auto", "torch", "triton", "mixed", "reference", "emulation"]
+_NAMES = get_args(BackendName)
 
 _BY_FORMAT: dict[str | None, tuple[str, ...]] = {
     None: ("torch", "reference"),
-    "fp8_block": ("torch", "triton", "reference"),
+    "fp8_block": ("torch", "triton", "mixed", "reference"),
     "mxfp8": ("emulation", "reference"),
     "nvfp4": ("emulation", "reference"),
 }
 
 LARGE_ROWS = 2048
-"""Rows of an expert, on average, from which "auto" multiplies expert by expert."""
+"""Rows of an expert, on average, from which "auto" takes weight gradients expert by expert."""
 
 
 class GemmBackend(Protocol):
@@ -59,18 +62,22 @@ def choose_backend(
     """The backend for operands of one format: chosen once, for a call and for its backward.
 
     name: "triton": one launch of a grouped kernel (FP8 block). "torch": PyTorch's own products, for FP8 one for each
-        expert. "emulation": dequantized to bf16 (MXFP8, NVFP4). "reference": float32 or float64, for any device, slow.
+        expert. "mixed" (FP8 block): forward and input gradient as "triton", the weight gradient as "torch".
+        "emulation": dequantized to bf16 (MXFP8, NVFP4). "reference": float32 or float64, for any device, slow.
         "auto": what is fastest on the device.
     format_name: "fp8_block", "mxfp8", "nvfp4", or None for operands that are not quantized.
     splits: how the rows are split; "auto" looks at sizes that the host knows.
     power_of_2_scales: the FP8 block scales of inputs and gradients are known to be powers of two. Changes speed alone.
 
-    Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device.
+    Raises: ValueError: on an unknown name, or one that cannot multiply this format on this device. TypeError: on a
+        device that is none.
     """
-    if name not in get_args(BackendName):
-        names = ", ".join(map(repr, get_args(BackendName)))
+    if not is_one_of(name, _NAMES):
+        names = ", ".join(map(repr, _NAMES))
         raise ValueError(f"a GEMM backend is one of {names}; got {name!r}.")
-    if format_name not in _BY_FORMAT:
+    if not isinstance(device, torch.device):
+        raise TypeError(f"device must be a torch.device; got {device!r}. Pass x.device, or torch.device({device!r}).")
+    if not is_one_of(format_name, _BY_FORMAT):
         raise ValueError(f"products are known of the formats {list(_BY_FORMAT)}; got {format_name!r}.")
     chosen = _fastest(format_name, device, splits) if name == "auto" else name
     if chosen not in _BY_FORMAT[format_name]:
@@ -88,18 +95,39 @@ def _fastest(format_name: str | None, device: torch.device, splits: Splits | Non
         return "reference"
     if format_name in ("mxfp8", "nvfp4"):
         return "emulation"
-    if splits is not None and _few_large(splits) and torch.cuda.get_device_capability(device)[0] == 9:
-        return "torch"
+    if splits is not None and _few_large(splits) and capability(device)[0] == 9:
+        return "mixed" if has_hopper_kernel(device) else "torch"
     return "triton"
 
 
 def _few_large(splits: Splits) -> bool:
-    """Whether a call for each expert keeps a Hopper GPU busy: measured in benchmarks/results.
+    """Whether a weight gradient for each expert keeps a Hopper GPU busy: measured in benchmarks/results.
 
-    A call takes the host about 20 µs, in which the device multiplies some 512 rows by a weight of 4096×4096.
+    A call takes the host some 20 µs, in which the device multiplies 512 rows by as many columns as a weight of
+    4096×4096 has.
     """
-    num_busy = sum(size > 0 for size in splits.host or ())
-    return num_busy > 0 and splits.num_rows >= LARGE_ROWS * num_busy
+    if splits.rows is None:
+        return False
+    num_busy = sum(size > 0 for size in splits.rows.rows)
+    return num_busy > 0 and splits.rows.total >= LARGE_ROWS * num_busy
+
+
+@lru_cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device, which PyTorch looks up anew each time."""
+    return torch.cuda.get_device_capability(device)
+
+
+@lru_cache
+def has_hopper_kernel(device: torch.device) -> bool:
+    """Whether the kernel for Hopper runs on `device`: there, with a Triton that has what it is written in."""
+    if device.type != "cuda" or capability(device)[0] != 9:
+        return False
+    try:
+        import lighterage.kernels.triton.grouped_gemm_hopper_rows  # noqa: F401
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def _make(
@@ -109,33 +137,41 @@ def _make(
 
     if name == "reference" or (format_name is None and device.type != "cuda"):
         return ReferenceBackend(name)
-    if name == "torch":
-        from lighterage.ops.gemm_torch import ScaledMMBackend, TorchGroupedBackend
+    if name == "torch" and format_name is None:
+        from lighterage.ops.gemm_torch import TorchGroupedBackend
 
-        if format_name is None:
-            return TorchGroupedBackend()
-        _check_scaled_mm(device, splits)
+        return TorchGroupedBackend()
+    if name in ("torch", "mixed"):
+        _check_scaled_mm(name, device, splits)
+    if name == "torch":
+        from lighterage.ops.gemm_scaled_mm import ScaledMMBackend
+
         return ScaledMMBackend()
     _check_triton(name, device)
+    if name == "emulation":
+        from lighterage.ops.gemm_emulation import EmulationBackend
+
+        return EmulationBackend()
+    from lighterage.ops.gemm_triton import TritonBackend
+
+    triton = TritonBackend(hopper=has_hopper_kernel(device), power_of_2_scales=power_of_2_scales)
     if name == "triton":
-        from lighterage.ops.gemm_triton import TritonBackend, has_hopper_kernel
+        return triton
+    from lighterage.ops.gemm_mixed import MixedBackend
 
-        return TritonBackend(hopper=has_hopper_kernel(device), power_of_2_scales=power_of_2_scales)
-    from lighterage.ops.gemm_emulation import EmulationBackend
-
-    return EmulationBackend()
+    return MixedBackend(rows=triton)
 
 
-def _check_scaled_mm(device: torch.device, splits: Splits | None) -> None:
+def _check_scaled_mm(name: str, device: torch.device, splits: Splits | None) -> None:
     if device.type != "cuda":
         raise ValueError(
-            f"the GEMM backend 'torch' multiplies FP8 on CUDA devices; got operands on {device}. "
+            f"the GEMM backend {name!r} multiplies FP8 on CUDA devices; got operands on {device}. "
             "Pass backend='reference', or 'auto'."
         )
     if splits is not None and splits.host is None:
         raise ValueError(
-            "the GEMM backend 'torch' multiplies expert by expert, so the host must know the splits; they are a device "
-            "tensor. Pass backend='triton', which reads them on the device, or m_splits as a list of integers."
+            f"the GEMM backend {name!r} multiplies expert by expert, so the host must know the splits; they are a "
+            "device tensor. Pass backend='triton', which reads them on the device, or m_splits as a list of integers."
         )
 
 
@@ -148,9 +184,9 @@ def _check_triton(name: str, device: torch.device) -> None:
             "backend='reference'."
         ) from error
     if device.type == "cuda":
-        if name == "triton" and torch.cuda.get_device_capability(device) < (8, 9):
+        if name != "emulation" and capability(device) < (8, 9):
             raise ValueError(
-                f"the GEMM backend 'triton' needs a GPU that multiplies FP8, compute capability 8.9 or later; got "
+                f"the GEMM backend {name!r} needs a GPU that multiplies FP8, compute capability 8.9 or later; got "
                 f"{torch.cuda.get_device_name(device)}. Pass backend='reference'."
             )
     elif not triton.knobs.runtime.interpret:

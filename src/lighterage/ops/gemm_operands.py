@@ -61,7 +61,9 @@ def check_aligned(splits: Splits, multiple: int, what: str) -> None:
 
     Raises: ValueError.
     """
-    for expert, size in enumerate(splits.host or ()):
+    if splits.rows is None or splits.rows.bits % multiple == 0:
+        return
+    for expert, size in enumerate(splits.rows.rows):
         if size % multiple:
             raise ValueError(
                 f"{what} needs the rows of every expert in multiples of {multiple}; got {size} for expert {expert}. "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -100,15 +100,3 @@ class TritonBackend:
             out_dtype=out_dtype,
             bias=bias,
         )
-
-
-@lru_cache
-def has_hopper_kernel(device: torch.device) -> bool:
-    """Whether the kernel for Hopper runs on `device`: there, with a Triton that has what it is written in."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
-        return False
-    try:
-        import lighterage.kernels.triton.grouped_gemm_hopper_rows  # noqa: F401
-    except (ImportError, AttributeError):
-        return False
-    return True

@@ -19,10 +19,12 @@ from typing import Any, cast
 
 import torch
 
+from lighterage.formats.arguments import check_flag
 from lighterage.formats.quantized_tensor import is_quantized
 from lighterage.formats.splits import Splits
 from lighterage.ops.checks import (
     autocast_dtype,
+    check_operands,
     checked_bias,
     checked_rows,
     checked_splits,
@@ -74,8 +76,10 @@ def grouped_linear(
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
     recipe = check_recipe(recipe)
+    check_flag("save_original_input", save_original_input)
     w_ENK = weight if isinstance(weight, torch.Tensor) else stacked(weight)
     bias_EN = bias if isinstance(bias, torch.Tensor) or bias is None else stacked(bias)
+    check_operands(x, weight=w_ENK, bias=bias_EN)
     if w_ENK.ndim != 3:
         raise ValueError(f"weight must be (E, N, K); got {tuple(w_ENK.shape)}. Use weight[None] for one expert.")
     return apply_grouped_linear(x, w_ENK, bias_EN, m_splits, recipe, save_original_input, backend)

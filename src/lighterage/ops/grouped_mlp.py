@@ -19,8 +19,16 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
+from lighterage.formats.arguments import is_one_of
 from lighterage.formats.splits import Splits
-from lighterage.ops.checks import autocast_dtype, checked_rows, checked_splits, graph_is_kept, without_autocast
+from lighterage.ops.checks import (
+    autocast_dtype,
+    check_operands,
+    checked_rows,
+    checked_splits,
+    graph_is_kept,
+    without_autocast,
+)
 from lighterage.ops.gemm_backends import BackendName
 from lighterage.ops.grouped_linear import apply_grouped_linear
 from lighterage.ops.grouped_products import (
@@ -67,6 +75,7 @@ def grouped_mlp(
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
     recipe = check_recipe(recipe)
+    check_operands(x, w1=w1, w2=w2, probs=probs)
     _check_weights(w1, w2, save_activation)
     cast_to = autocast_dtype(x.device)
     if cast_to is not None:
@@ -160,7 +169,7 @@ def _check_weights(w1: torch.Tensor, w2: torch.Tensor, save_activation: str) -> 
         raise TypeError(
             f"w1 and w2 must have one dtype on one device; got {w1.dtype} on {w1.device} and {w2.dtype} on {w2.device}."
         )
-    if save_activation not in get_args(SaveActivation):
+    if not is_one_of(save_activation, get_args(SaveActivation)):
         raise ValueError(f"save_activation must be one of {list(get_args(SaveActivation))}; got {save_activation!r}.")
 
 

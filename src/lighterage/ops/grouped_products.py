@@ -167,6 +167,10 @@ def without_rowwise(w: Operand) -> Operand:
 
 def _even_splits(num_splits: int, num_rows: int, device: torch.device) -> Splits:
     """`num_splits` splits of `num_rows` each, whose ends are computed on the device: nothing is uploaded."""
+    if num_rows == 0:
+        return Splits(
+            num_rows=0, ends=torch.zeros(num_splits, dtype=torch.int64, device=device), rows=_even_rows(num_splits, 0)
+        )
     ends = torch.arange(num_rows, num_splits * num_rows + 1, num_rows, device=device)
     return Splits(num_rows=num_splits * num_rows, ends=ends, rows=_even_rows(num_splits, num_rows))
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from lighterage.formats.arguments import check_flag
+from lighterage.ops.checks import check_operands
 from lighterage.ops.gemm_backends import BackendName
 from lighterage.ops.grouped_linear import apply_grouped_linear
 from lighterage.recipes import Recipe, check_recipe
@@ -49,6 +51,8 @@ def _quantized_linear(
     save_original_input: bool,
     backend: BackendName,
 ) -> torch.Tensor:
+    check_operands(x, weight=weight, bias=bias)
+    check_flag("save_original_input", save_original_input)
     if weight.ndim != 2:
         raise ValueError(f"weight must be (N, K); got {tuple(weight.shape)}. Experts have ops.grouped_linear.")
     bias_1N = None if bias is None else bias[None]

@@ -56,6 +56,13 @@ def packed_attention(
                 f"cu_seqlens must rise from 0 to the {num_tokens} tokens of {name}; got {list(bound)}. "
                 "They are the ends of the sequences, not their lengths."
             )
+    for name, bound, most in (("max_seqlen", bounds, longest), ("max_seqlen_kv", bounds_kv, longest_kv)):
+        found = max(b - a for a, b in pairwise(bound))
+        if found > most:
+            raise ValueError(
+                f"{name} must be at least the longest sequence; got {most} where one has {found} tokens. Pass that, "
+                "or leave it out."
+            )
     if causal and bounds != bounds_kv:
         raise ValueError(UNEQUAL_LENGTHS.format(list(bounds), list(bounds_kv)))
     if q_TNH.device.type == "cpu" and dropout == 0:

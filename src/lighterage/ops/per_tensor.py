@@ -137,7 +137,7 @@ def _rows_times_weights(
         out_MN = _scaled_grouped(a_MK, b_ENK.transpose(1, 2), *scales, splits)
         # What lies past the last expert is nobody's, and was not written.
         rows = torch.arange(len(out_MN), device=out_MN.device)
-        return out_MN if splits.host is not None else out_MN.masked_fill_((rows >= splits.ends[-1])[:, None], 0)
+        return out_MN if splits.cover_all_rows else out_MN.masked_fill_((rows >= splits.ends[-1])[:, None], 0)
     out_MN = torch.zeros(len(a_MK), num_cols, dtype=out_dtype, device=a_MK.device)
     for expert, (start, end) in enumerate(_bounds(splits)):
         if start < end:
@@ -194,7 +194,7 @@ def _is_empty(splits: Splits) -> torch.Tensor:
 
 
 def _add_bias(y_MN: torch.Tensor, bias_EN: torch.Tensor, splits: Splits) -> torch.Tensor:
-    if splits.num_splits == 1 and splits.host is not None:
+    if splits.num_splits == 1 and splits.cover_all_rows:
         return y_MN.add_(bias_EN[0])
     rows = torch.arange(len(y_MN), device=y_MN.device)
     bias = torch.cat([bias_EN, bias_EN.new_zeros(1, bias_EN.shape[1])])

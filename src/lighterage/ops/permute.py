@@ -17,10 +17,15 @@ from typing import Any, cast, overload
 import torch
 from torch import Tensor
 
+from lighterage.formats.arguments import check_count
+from lighterage.formats.layout import split_rows
 from lighterage.formats.parts import round_up
-from lighterage.formats.splits import Splits
+from lighterage.formats.splits import Splits, check_sizes
+from lighterage.formats.tensor_arguments import check_no_transform, check_same_device, check_tensor
 from lighterage.kernels.reference import permute as reference
 from lighterage.unseen import unseen
+
+_WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,10 +69,12 @@ def plan_permutation(experts: Tensor, num_experts: int, alignment: int = 1) -> P
     The host never waits. torch.compile ends its graph here, and at the functions that take the plan.
     Raises: ValueError: on a wrong shape or dtype, or a number out of range.
     """
-    if experts.ndim != 2 or experts.is_floating_point():
+    check_no_transform("permutation")
+    check_tensor("experts", experts, dtypes=None)
+    if experts.ndim != 2 or experts.dtype not in _WHOLE:
         raise ValueError(f"experts must be whole numbers of shape (T, k); got {experts.dtype} {tuple(experts.shape)}.")
-    if alignment < 1 or num_experts < 1:
-        raise ValueError(f"alignment and num_experts must be at least 1; got {alignment} and {num_experts}.")
+    alignment = check_count("alignment", alignment, least=1)
+    num_experts = check_count("num_experts", num_experts, least=1)
     if (
         experts.device.type == "cpu"
         and experts.numel()
@@ -89,6 +96,7 @@ def permute(x: Tensor, plan: Permutation) -> Tensor:
     x: (T, H). Returns (C, H). Backward needs the plan's `rows` and nothing of x.
     Raises: ValueError: if `plan` is for another number of tokens.
     """
+    _check_call(plan, x=x)
     if x.ndim != 2 or x.shape[0] != plan.rows.shape[0]:
         raise ValueError(f"permute takes ({plan.rows.shape[0]}, H), as its plan was made; got {tuple(x.shape)}.")
     return cast(Tensor, _Permute.apply(x, plan.rows, plan.tokens))  # type: ignore[no-untyped-call]
@@ -103,6 +111,7 @@ def unpermute(x: Tensor, plan: Permutation, weights: Tensor | None = None) -> Te
     product, by `weights_of_rows`, has the same sum, because that product is linear, and need not save x.
     Raises: ValueError: on shapes other than the plan's.
     """
+    _check_call(plan, x=x, **({} if weights is None else {"weights": weights}))
     if x.ndim != 2 or x.shape[0] != plan.num_rows:
         raise ValueError(f"unpermute takes ({plan.num_rows}, H), what permute gave; got {tuple(x.shape)}.")
     if weights is not None and weights.shape != plan.rows.shape:
@@ -118,9 +127,19 @@ def weights_of_rows(weights: Tensor, plan: Permutation) -> Tensor:
 
     Raises: ValueError: on a shape other than the plan's.
     """
+    _check_call(plan, weights=weights)
     if weights.shape != plan.rows.shape:
         raise ValueError(f"weights must be {tuple(plan.rows.shape)}, one for each copy; got {tuple(weights.shape)}.")
     return cast(Tensor, _WeightsOfRows.apply(weights, plan.rows, plan.num_rows))  # type: ignore[no-untyped-call]
+
+
+def _check_call(plan: Permutation, **tensors: Tensor) -> None:
+    check_no_transform("permutation")
+    if not isinstance(plan, Permutation):
+        raise TypeError(f"plan must be what plan_permutation gave; got {type(plan).__name__}.")
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
+    check_same_device(plan=plan.tokens, **tensors)
 
 
 class _Permute(torch.autograd.Function):
@@ -234,6 +253,9 @@ def pad_rows(x: Tensor, m_splits: Sequence[int] | Tensor, alignment: int) -> tup
     >>> pad_rows(torch.ones(3, 1), [1, 2], 4)[0].flatten().tolist()
     [1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
     """
+    check_tensor("x", x)
+    if x.ndim != 2:
+        raise ValueError(f"pad_rows takes rows (M, H); got {tuple(x.shape)}. Flatten the leading dimensions.")
     plan, padded = _padding(m_splits, x.shape[0], alignment, x.device)
     return permute(x, plan), padded
 
@@ -241,31 +263,47 @@ def pad_rows(x: Tensor, m_splits: Sequence[int] | Tensor, alignment: int) -> tup
 def unpad_rows(x: Tensor, m_splits: Sequence[int] | Tensor, alignment: int, num_rows: int | None = None) -> Tensor:
     """Take out of `x` the rows that `pad_rows` with the same sizes put in.
 
-    num_rows: the rows that `pad_rows` was given, needed where the sizes lie on a device.
-    Raises: ValueError: if it is missing, or x has not the rows that `pad_rows` gave.
+    num_rows: the rows that `pad_rows` was given, needed where the sizes lie on a device. It must be that very number:
+        padding rounds it up, so with sizes in a tensor a number nearby may fit the rows of x too.
+    Raises: ValueError: if it is missing, or x has not the rows that `pad_rows` gives for it.
     """
+    check_tensor("x", x)
     if num_rows is None:
         if isinstance(m_splits, Tensor) and m_splits.device.type != "cpu":
             raise ValueError(
                 "unpad_rows with sizes on a device needs num_rows, the rows before padding: asking the device would "
                 "make the host wait. Pass num_rows=x.shape[0] of what pad_rows was given."
             )
-        num_rows = sum(m_splits.tolist() if isinstance(m_splits, Tensor) else m_splits)
+        num_rows = sum(_sizes(m_splits, x.device))
+    if x.ndim != 2 or check_count("num_rows", num_rows) > x.shape[0]:
+        raise ValueError(
+            f"unpad_rows takes what pad_rows gave for {num_rows} rows, a matrix of as many or more; got "
+            f"{tuple(x.shape)}. Pass the sizes and num_rows that pad_rows was given."
+        )
     plan, _ = _padding(m_splits, num_rows, alignment, x.device)
     return unpermute(x, plan)
+
+
+def _sizes(m_splits: Sequence[int] | Tensor, device: torch.device) -> tuple[int, ...]:
+    """Sizes that the host can read, checked."""
+    if isinstance(m_splits, Tensor):
+        check_sizes(m_splits, device)
+        m_splits = m_splits.tolist()
+    return split_rows(m_splits).rows
 
 
 def _padding(
     m_splits: Sequence[int] | Tensor, num_rows: int, alignment: int, device: torch.device
 ) -> tuple[Permutation, list[int] | Tensor]:
-    if alignment < 1:
-        raise ValueError(f"alignment must be at least 1; got {alignment}.")
-    host = None if isinstance(m_splits, Tensor) and m_splits.device.type != "cpu" else m_splits
-    if host is not None:
-        sizes = host.tolist() if isinstance(host, Tensor) else list(host)
-        if not sizes or min(sizes) < 0 or sum(sizes) > num_rows:
+    alignment, num_rows = check_count("alignment", alignment, least=1), check_count("num_rows", num_rows)
+    sizes: tuple[int, ...] = ()
+    if isinstance(m_splits, Tensor) and m_splits.device.type != "cpu":
+        check_sizes(m_splits, device)
+    else:
+        sizes = _sizes(m_splits, device)
+        if not sizes or sum(sizes) > num_rows:
             raise ValueError(
-                f"m_splits must be sizes of 0 or more that make up at most the {num_rows} rows; got {sizes}."
+                f"m_splits must be sizes of 0 or more that make up at most the {num_rows} rows; got {list(sizes)}."
             )
     padded: list[int] | None = None
     if isinstance(m_splits, Tensor):
@@ -273,7 +311,8 @@ def _padding(
     else:
         padded = [round_up(size, alignment) for size in sizes]
         capacity_rows = sum(padded) + num_rows - sum(sizes)
-    ends = torch.as_tensor(m_splits, dtype=torch.int64).to(device).cumsum(0)
+    on_device = m_splits if isinstance(m_splits, Tensor) else torch.tensor(sizes, dtype=torch.int64)
+    ends = on_device.to(device=device, dtype=torch.int64).cumsum(0)
     rows = torch.arange(num_rows, device=device)
     groups = torch.searchsorted(ends, rows, right=True)
     places, tokens, m_splits_padded, of_each = reference.place_sorted(rows, groups, ends, 1, alignment, capacity_rows)

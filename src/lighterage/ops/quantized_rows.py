@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 
+from lighterage.formats.buffers import allocate
 from lighterage.formats.fp8_tensor import Float8Tensor
 from lighterage.formats.layout import BulkLayout
-from lighterage.formats.quantized_tensor import DIRECTIONS, has_usage, inner_of, map_inner, options_of
+from lighterage.formats.quantized_tensor import DIRECTIONS, has_usage, inner_of, map_inner, options_of, view_over
 from lighterage.formats.quantizer import BulkQuantizer
 from lighterage.formats.split_tensors import Group, SplitTensors
 from lighterage.formats.splits import Splits
@@ -19,7 +21,9 @@ from lighterage.recipes import Recipe
 def quantized_rows(
     x_MK: torch.Tensor, splits: Splits, recipe: Recipe, *, rowwise: bool, columnwise: bool
 ) -> SplitTensors | ScaledCodes:
-    """`x_MK`, a quantized tensor, as the input of one layer. Its codes are neither copied nor changed.
+    """`x_MK`, a quantized tensor, as the input of one layer. Its codes are not changed.
+
+    They are copied only if a direction is not in one buffer, as a quantizer leaves it: after `clone()` or `to()`.
 
     rowwise, columnwise: the directions that will be read.
     Raises: TypeError, ValueError: if the recipe would have quantized otherwise, a direction is missing, or there are
@@ -32,9 +36,10 @@ def quantized_rows(
             f"an input that is quantized already must be what {recipe} makes of an input, {wanted.__name__} with "
             f"{options}; got {x_MK!r}. Quantize it with recipe.quantizer('input', rowwise=True, columnwise=True)."
         )
-    if splits.num_splits != 1:
+    if splits.num_splits != 1 or not splits.cover_all_rows:
         raise ValueError(
-            f"a quantized input can be that of one layer, not of {splits.num_splits} experts, whose blocks begin anew. "
+            f"a quantized input can be that of one layer over all its rows, not of {splits.num_splits} experts, whose "
+            "blocks begin anew. "
             "Pass the input as it was before it was quantized."
         )
     for direction, needed in (("rowwise", rowwise), ("columnwise", columnwise)):
@@ -73,15 +78,18 @@ def _group_of_one(x_MK: torch.Tensor, splits: Splits, quantizer: BulkQuantizer) 
         for direction in DIRECTIONS
         if f"{direction}_data" in held
     }
-    group = Group(
-        tensor_class=type(x_MK),
-        options=options_of(x_MK),
-        format_name=quantizer.format_name,
-        block_2d=quantizer.block_2d,
-        dtype=x_MK.dtype,
-        row_shape=row_shape,
-        splits=splits,
-        layouts=layouts,
-    )
+    group = Group.made_by(quantizer, splits, dtype=x_MK.dtype, row_shape=row_shape, layouts=layouts)
     # Another wrapper of the same codes: what the layer lets go of, the caller's tensor keeps.
-    return SplitTensors(group, members=[map_inner(x_MK, lambda part: part)])
+    tensors = SplitTensors(group, members=[map_inner(x_MK, lambda part: part)])
+    return tensors if set(tensors.buffers) == set(layouts) else SplitTensors(group, buffers=_in_buffers(group, held))
+
+
+def _in_buffers(group: Group, held: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The fields of a group of one, each direction's copied into one buffer."""
+    buffers = {}
+    for direction in group.layouts:
+        layout = group.layout(direction)
+        buffers[direction] = allocate(layout, group.splits.device)
+        for part in layout.parts:
+            view_over(buffers[direction], layout.view(part.name, 0)).copy_(held[f"{direction}_{part.name}"])
+    return buffers

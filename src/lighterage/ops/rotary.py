@@ -10,12 +10,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lighterage.formats.arguments import check_count, check_number
+from lighterage.formats.tensor_arguments import check_same_device, check_tensor
+
 
 def rotary_table(num_positions: int, head_width: int, *, base: float = 10000.0, device: Any = None) -> Tensor:
     """Cosines and sines of every position: float32 (2, num_positions, head_width / 2).
 
-    Raises: ValueError: on an odd width.
+    Raises: ValueError, TypeError: on an odd width, or numbers that are none.
     """
+    check_count("num_positions", num_positions)
+    check_count("head_width", head_width)
+    check_number("base", base)
     if head_width % 2:
         raise ValueError(f"rotary positions turn pairs of channels, so the head width must be even; got {head_width}.")
     pairs = head_width // 2
@@ -32,7 +38,20 @@ def rotate_heads(x: Tensor, table: Tensor, num_rotated: int) -> Tensor:
 
     Queries, keys and values of one product come out as views of one new allocation, all of which attention saves: had
     the values stayed where they were, they would hold all of the product's allocation.
+    Raises: ValueError, TypeError: on other shapes or dtypes.
     """
+    check_tensor("x", x)
+    check_tensor("table", table, dtypes=(torch.float32,))
+    if check_count("num_rotated", num_rotated) > (x.shape[-2] if x.ndim in (3, 4) else -1):
+        raise ValueError(
+            f"rotate_heads turns up to all heads of x (B, S, N, H) or (S, N, H); got {num_rotated} of {tuple(x.shape)}."
+        )
+    if table.shape != (2, x.shape[-3], x.shape[-1] // 2) or x.shape[-1] % 2:
+        raise ValueError(
+            f"the rotary table must be {(2, x.shape[-3], x.shape[-1] // 2)} for x {tuple(x.shape)}; got "
+            f"{tuple(table.shape)}. Make it with rotary_table(tokens, head_width)."
+        )
+    check_same_device(x=x, table=table)
     return cast(Tensor, _RotateHeads.apply(x, table, num_rotated))  # type: ignore[no-untyped-call]
 
 

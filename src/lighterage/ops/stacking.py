@@ -7,15 +7,21 @@ from typing import Any, cast
 
 import torch
 
+from lighterage.formats.arguments import check_list
+from lighterage.formats.tensor_arguments import check_tensor
+
 
 def stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """The tensors, all of one shape and dtype, as one with a first dimension for them; recorded by autograd.
 
     Tensors that lie side by side in one storage are not copied. Their gradients are views of one gradient.
-    Raises: ValueError: if there is none, or their shapes differ.
+    Raises: ValueError: if there is none, or their shapes differ. TypeError: if they are not tensors.
     """
+    check_list("weights and biases", tensors)
     if not tensors:
         raise ValueError("there must be a weight for each expert; got none.")
+    for index, tensor in enumerate(tensors):
+        check_tensor(f"weight {index}", tensor, dtypes=None)
     first = tensors[0]
     for tensor in tensors:
         if tensor.shape != first.shape or tensor.dtype != first.dtype or tensor.device != first.device:

@@ -9,6 +9,7 @@ from lighterage.compat.transformer_engine import ops, recipe
 from lighterage.compat.transformer_engine.attention import DotProductAttention
 from lighterage.compat.transformer_engine.context import CpuOffloadContext, is_cpu_offload_enabled
 from lighterage.compat.transformer_engine.cpu_offload import get_cpu_offload_context
+from lighterage.compat.transformer_engine.graphs import make_graphed_callables
 from lighterage.compat.transformer_engine.honesty import NotHonoured
 from lighterage.compat.transformer_engine.linear import GroupedLinear, Linear
 from lighterage.compat.transformer_engine.manual import ManualOffloadSynchronizer
@@ -40,6 +41,7 @@ __all__ = [
     "get_columnwise_subview_info",
     "get_cpu_offload_context",
     "is_cpu_offload_enabled",
+    "make_graphed_callables",
     "mark_activation_offload",
     "mark_not_offload",
     "ops",

@@ -50,7 +50,8 @@ class DotProductAttention(nn.Module):
         attention_dropout: of the weights, in training only.
         qkv_format: "sbhd" (S, B, N, H), "bshd" (B, S, N, H) or "thd" (T, N, H), packed.
         attn_mask_type: "no_mask" or "causal"; of packed inputs "padding" or "padding_causal".
-        layer_number, attention_type: labels; q and k may differ in length without a causal mask.
+        layer_number, attention_type: labels, a number from 1 on, and "self" or "cross"; q and k may differ in length
+            without a causal mask whatever they say.
         Raises: ValueError: an option that is not here.
         """
         super().__init__()
@@ -77,6 +78,10 @@ class DotProductAttention(nn.Module):
         self.num_kv_heads = num_attention_heads if num_gqa_groups is None else num_gqa_groups
         self.attention_dropout, self.softmax_scale = attention_dropout, softmax_scale
         self.qkv_format, self.attn_mask_type, self.window_size = qkv_format, attn_mask_type, window_size
+        if attention_type not in ("self", "cross"):
+            raise ValueError(f'attention_type is "self" or "cross"; got {attention_type!r}.')
+        if layer_number is not None and (isinstance(layer_number, bool) or not layer_number >= 1):
+            raise ValueError(f"layer_number counts layers from 1 on, or is None; got {layer_number!r}.")
         self.layer_number, self.attention_type = layer_number, attention_type
         accept_extra_state(self)
         # A packed layer's mask may be named in forward alone, as their default is a mask of other formats.
@@ -149,8 +154,8 @@ class DotProductAttention(nn.Module):
             dropout=self.attention_dropout if self.training else 0.0,
             cu_seqlens=cu_seqlens_q,
             cu_seqlens_kv=cu_seqlens_kv,
-            max_seqlen=max_seqlen_q,
-            max_seqlen_kv=max_seqlen_kv,
+            max_seqlen=max_seqlen_q if layout == "thd" else None,
+            max_seqlen_kv=max_seqlen_kv if layout == "thd" else None,
         )
         return out.transpose(0, 1) if first else out
 

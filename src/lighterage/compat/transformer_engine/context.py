@@ -121,8 +121,9 @@ class CpuOffloadContext(contextlib.ContextDecorator):
     ) -> None:
         thread = self._thread
         scope, live = thread.scope, thread.live
+        if scope is None:
+            raise OffloadError("the offload context was left without having been entered: write `with context:`.")
         thread.scope = thread.live = None
-        assert scope is not None
         _ENTERED.num_recording -= live is not None
         try:
             scope.__exit__(kind, error, traceback)
@@ -144,6 +145,32 @@ class CpuOffloadContext(contextlib.ContextDecorator):
 
     def __repr__(self) -> str:
         return f"<offload context of {self._num_layers} layers: {self._offloader!r}>"
+
+
+class DisabledContext(contextlib.nullcontext[None]):
+    """What `get_cpu_offload_context(enabled=False)` gives: it does nothing, and is used like the one that does."""
+
+    offloader: Offloader | None = None
+    """There is none."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self._num_layers = num_layers
+
+    @contextlib.contextmanager
+    def layer(self, layer_id: int) -> Iterator[DisabledContext]:
+        """The layer with this number, which nothing is done about.
+
+        Raises: TypeError, ValueError: no such layer.
+        """
+        check_layer(layer_id, self._num_layers)
+        yield self
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def __repr__(self) -> str:
+        return f"<offload context of {self._num_layers} layers: disabled>"
 
 
 def _close_apart(offloader: Offloader) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import warnings
@@ -13,7 +12,7 @@ from torch import nn
 
 import lighterage
 from lighterage import Policy
-from lighterage.compat.transformer_engine.context import CpuOffloadContext
+from lighterage.compat.transformer_engine.context import CpuOffloadContext, DisabledContext
 from lighterage.compat.transformer_engine.honesty import warn_not_honoured
 from lighterage.compat.transformer_engine.manual import ManualOffloadSynchronizer
 
@@ -46,8 +45,9 @@ def get_cpu_offload_context(
             x = sync_function(x)
 
     Args:
-        enabled: if not, the context does nothing.
-        num_layers: how many layers, from the first on, have their saved tensors moved. Ignored by a schedule by hand.
+        enabled: if not, the context does nothing; it has the same methods, and None for its offloader.
+        num_layers: how many layers, from the first on, have their saved tensors moved. By hand it
+            means nothing, there as here: the layers move that `start_offload_layer` is called for.
         model_layers: how many layers run under the context in one forward. Running more or fewer is allowed: see
             Note [Which layer this is].
         offload_activations: False, with `offload_weights`, moves nothing.
@@ -71,15 +71,28 @@ def get_cpu_offload_context(
     Raises: ValueError, TypeError: naming the argument.
     Warns: NotHonoured: for an argument that has no effect, with the reason.
     """
+    _check_switches(
+        enabled=enabled,
+        offload_activations=offload_activations,
+        offload_weights=offload_weights,
+        double_buffering=double_buffering,
+        manual_synchronization=manual_synchronization,
+        retain_pinned_cpu_buffers=retain_pinned_cpu_buffers,
+    )
+    _check_counts(num_layers, model_layers, none_will_do=manual_synchronization or not enabled)
     path = code_path if code_path is not None else "v1" if os.environ.get(V1_VARIABLE, "0") == "1" else "v2"
     if path not in ("v1", "v2"):
         raise ValueError(f'code_path is "v1" (opt-in), "v2" (opt-out) or None (as {V1_VARIABLE} says); got {path!r}.')
     if enabled and not offload_weights and not offload_activations:
         raise ValueError("offload is enabled with nothing to offload. Pass offload_activations=True, or enabled=False.")
     if enabled and offload_weights:
-        warn_not_honoured("offload_weights=True", "weights are used in every step, and stay on the device.")
+        warn_not_honoured(
+            "offload_weights=True",
+            "weights are used in every step, and stay on the device."
+            + ("" if offload_activations else " With offload_activations=False nothing moves at all."),
+        )
     if not enabled or not offload_activations:
-        nothing = contextlib.nullcontext(), sync_function
+        nothing = DisabledContext(model_layers), sync_function
         return (*nothing, None) if manual_synchronization else nothing
     if double_buffering:
         warn_not_honoured(
@@ -96,7 +109,8 @@ def get_cpu_offload_context(
             "copy, and nothing needs it: release_activation_forward_gpu_memory orders memory after its copies, and "
             "backward waits for what it reads.",
         )
-    _check_counts(num_layers, model_layers, manual_synchronization)
+    if not manual_synchronization:
+        _warn_of_few_on_device(num_layers, model_layers)
     num_offloaded = 0 if num_layers is None else num_layers
     chosen = _policy(policy, path, model_layers - num_offloaded, manual_synchronization)
     offloader = lighterage.offload([_Somewhere()], chosen)
@@ -123,21 +137,29 @@ class _Somewhere(nn.Module):
         self.register_buffer("here", torch.empty(0, device=device or "cpu"), persistent=False)
 
 
-def _check_counts(num_layers: int | None, model_layers: int, manual: bool) -> None:
-    wanted = {"model_layers": model_layers} if manual else {"model_layers": model_layers, "num_layers": num_layers}
-    for name, value in wanted.items():
+def _check_switches(**switches: bool) -> None:
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is True or False; got {value!r}.")
+
+
+def _check_counts(num_layers: int | None, model_layers: int, *, none_will_do: bool) -> None:
+    for name, value in (("model_layers", model_layers), ("num_layers", num_layers)):
         if isinstance(value, bool) or not isinstance(value, int):
+            if name == "num_layers" and value is None and none_will_do:
+                continue
             raise TypeError(f"{name} is a whole number; got {value!r}.")
     if model_layers < 1:
         raise ValueError(f"model_layers must be at least 1; got {model_layers}.")
-    if manual or num_layers is None:
-        return
-    if not 0 <= num_layers <= model_layers:
+    if num_layers is not None and not 0 <= num_layers <= model_layers:
         raise ValueError(
             f"num_layers must be from 0 to model_layers={model_layers}; got {num_layers}. model_layers counts all "
             "layers that run under the context."
         )
-    if num_layers >= max(model_layers - 1, 1):
+
+
+def _warn_of_few_on_device(num_layers: int | None, model_layers: int) -> None:
+    if num_layers is not None and num_layers >= max(model_layers - 1, 1):
         warnings.warn(
             f"num_layers={num_layers} of model_layers={model_layers} leaves at most one layer on the device at a time, "
             "so that no copy can hide behind the compute of another layer. num_layers=model_layers - 2 or fewer can.",

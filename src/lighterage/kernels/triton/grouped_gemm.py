@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lighterage.kernels.triton.launch import on_device_of
+from lighterage.kernels.triton.launch import launch, on_device_of
 from lighterage.kernels.triton.splits import find_split, num_slots, padded_splits, rows_of_splits
 
 SLAB = 128
@@ -249,29 +249,23 @@ def grouped_rows(
     out = torch.empty(num_rows, out_features, dtype=out_dtype, device=x_buffer.device)
     if num_rows == 0 or num_splits == 0 or out_features == 0 or depth == 0:
         return out.zero_()
-    grid = (num_slots(num_rows, num_splits, tile_m) * -(-out_features // tile_n),)
+    grid = num_slots(num_rows, num_splits, tile_m) * -(-out_features // tile_n)
+    pointers = (x_buffer, w_buffer, ends, out if bias is None else bias, out)
+    constants = {
+        "OUT_FEATURES": out_features,
+        "DEPTH": depth,
+        "X_DTYPE": _TYPES[x_dtype],
+        "W_DTYPE": _TYPES[w_dtype],
+        "W_BLOCK_2D": w_block_2d,
+        "HAS_BIAS": bias is not None,
+        "LANES": padded_splits(num_splits),
+        "TILE_M": tile_m,
+        "TILE_N": tile_n,
+        "GROUP": group,
+        "STAGES": num_stages,
+    }
     with on_device_of(x_buffer):
-        _grouped_rows_kernel[grid](
-            x_buffer,
-            w_buffer,
-            ends,
-            out if bias is None else bias,
-            out,
-            num_splits,
-            num_rows,
-            OUT_FEATURES=out_features,
-            DEPTH=depth,
-            X_DTYPE=_TYPES[x_dtype],
-            W_DTYPE=_TYPES[w_dtype],
-            W_BLOCK_2D=w_block_2d,
-            HAS_BIAS=bias is not None,
-            LANES=padded_splits(num_splits),
-            TILE_M=tile_m,
-            TILE_N=tile_n,
-            GROUP=group,
-            STAGES=num_stages,
-            num_warps=num_warps,
-        )
+        launch(_grouped_rows_kernel, grid, pointers, (num_splits, num_rows), constants, num_warps=num_warps)
     return out
 
 
@@ -310,25 +304,21 @@ def grouped_wgrad(
     out = torch.empty(num_splits, out_features, in_features, dtype=out_dtype, device=x_buffer.device)
     if out.numel() == 0:
         return out
-    grid = (num_splits * -(-out_features // tile_m) * -(-in_features // tile_n),)
+    grid = num_splits * -(-out_features // tile_m) * -(-in_features // tile_n)
+    pointers = (dy_buffer, x_buffer, ends, out)
+    constants = {
+        "OUT_FEATURES": out_features,
+        "IN_FEATURES": in_features,
+        "DY_DTYPE": _TYPES[dy_dtype],
+        "X_DTYPE": _TYPES[x_dtype],
+        "LANES": padded_splits(num_splits),
+        "TILE_M": tile_m,
+        "TILE_N": tile_n,
+        "GROUP": group,
+        "STAGES": num_stages,
+    }
     with on_device_of(x_buffer):
-        _grouped_wgrad_kernel[grid](
-            dy_buffer,
-            x_buffer,
-            ends,
-            out,
-            num_splits,
-            OUT_FEATURES=out_features,
-            IN_FEATURES=in_features,
-            DY_DTYPE=_TYPES[dy_dtype],
-            X_DTYPE=_TYPES[x_dtype],
-            LANES=padded_splits(num_splits),
-            TILE_M=tile_m,
-            TILE_N=tile_n,
-            GROUP=group,
-            STAGES=num_stages,
-            num_warps=num_warps,
-        )
+        launch(_grouped_wgrad_kernel, grid, pointers, (num_splits,), constants, num_warps=num_warps)
     return out
 
 

@@ -12,62 +12,30 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from lighterage.kernels.triton.grouped_gemm import check_operands
 from lighterage.kernels.triton.grouped_gemm_hopper import (
-    CODES_LAYOUT,
     GROUP_ROWS,
     NUM_GROUPS,
     TILE_M,
     TILE_N,
+    described,
     finish_product,
     free_stage,
     hold,
     make_stages,
     num_multiprocessors,
     num_stages,
-    rasterise,
     start_product,
     thread_barrier,
     tma_load,
     tma_store,
 )
-from lighterage.kernels.triton.launch import on_device_of
+from lighterage.kernels.triton.grouped_gemm_hopper_tiles import locate, plan_of_tiles
+from lighterage.kernels.triton.launch import launch, on_device_of
 from lighterage.kernels.triton.splits import padded_splits
 
 MAX_SPLITS = 1024
-
-
-@gluon.jit
-def _sum(a, b):
-    return a + b
-
-
-@gluon.jit
-def _plan(ends, num_splits, num_rows, LANES: gl.constexpr, WARPS: gl.constexpr):
-    """`(row tiles up to and including each split, its end)`, a lane for each split; the last one has all rows left."""
-    layout: gl.constexpr = gl.BlockedLayout([LANES // 32], [32], [WARPS], [0])
-    lane = gl.arange(0, LANES, layout=layout)
-    end = gl.load(ends + lane, mask=lane < num_splits, other=0).to(gl.int32)
-    start = gl.load(ends + lane - 1, mask=(lane > 0) & (lane < num_splits), other=0).to(gl.int32)
-    stop = gl.where(lane == num_splits - 1, num_rows, end)
-    tiles = gl.where(lane < num_splits, (stop - start + TILE_M - 1) // TILE_M, 0)
-    return gl.associative_scan(tiles, 0, _sum), gl.where(lane < num_splits, end, 0x7FFFFFFF)
-
-
-@gluon.jit
-def _locate(plan_tiles, plan_ends, tile, NUM_COL_TILES: gl.constexpr, GROUP: gl.constexpr):
-    """`(expert, its first row, its rows, row tile in it, column tile)` of one tile of the whole result."""
-    passed = plan_tiles <= tile // NUM_COL_TILES
-    expert = gl.sum(passed.to(gl.int32), 0)
-    first_tile = gl.max(gl.where(passed, plan_tiles, 0), 0)
-    next_tile = gl.min(gl.where(passed, 0x7FFFFFFF, plan_tiles), 0)
-    start = gl.max(gl.where(passed, plan_ends, 0), 0)
-    end = gl.min(gl.where(passed, 0x7FFFFFFF, plan_ends), 0)
-    inner = tile - first_tile * NUM_COL_TILES
-    row_tile, col_tile = rasterise(inner, next_tile - first_tile, NUM_COL_TILES, GROUP)
-    return expert, start, end - start, row_tile, col_tile
 
 
 @gluon.jit
@@ -89,10 +57,10 @@ def _load(
 ):
     """The loading warp. Rows of the next expert in a tile do no harm; what is past the matrices reads as zeros."""
     COL_TILES: gl.constexpr = (OUT_FEATURES + TILE_N - 1) // TILE_N
-    plan_tiles, plan_ends = _plan(ends, num_splits, num_rows, LANES, 1)
+    plan_tiles, plan_ends = plan_of_tiles(ends, num_splits, num_rows, LANES, 1)
     count = 0
     for tile in range(gl.program_id(0), gl.max(plan_tiles, 0) * COL_TILES, gl.num_programs(0)):
-        expert, start, rows, row_tile, col_tile = _locate(plan_tiles, plan_ends, tile, COL_TILES, GROUP)
+        expert, start, rows, row_tile, col_tile = locate(plan_tiles, plan_ends, tile, COL_TILES, GROUP)
         if row_tile * TILE_M < rows:
             row = start + row_tile * TILE_M
             col = expert * OUT_FEATURES + col_tile * TILE_N
@@ -192,10 +160,10 @@ def _multiply(
     offs_m = group * GROUP_ROWS + gl.arange(0, GROUP_ROWS, layout=gl.SliceLayout(1, layout))
     offs_n = gl.arange(0, TILE_N, layout=gl.SliceLayout(0, layout))
     zeros = gl.zeros([GROUP_ROWS, TILE_N], gl.float32, layout=layout)
-    plan_tiles, plan_ends = _plan(ends, num_splits, num_rows, LANES, 4)
+    plan_tiles, plan_ends = plan_of_tiles(ends, num_splits, num_rows, LANES, 4)
     count = 0
     for tile in range(gl.program_id(0), gl.max(plan_tiles, 0) * COL_TILES, gl.num_programs(0)):
-        expert, start, rows, row_tile, col_tile = _locate(plan_tiles, plan_ends, tile, COL_TILES, GROUP)
+        expert, start, rows, row_tile, col_tile = locate(plan_tiles, plan_ends, tile, COL_TILES, GROUP)
         row = row_tile * TILE_M + offs_m
         col = col_tile * TILE_N + offs_n
         y = zeros
@@ -398,31 +366,33 @@ def grouped_rows(
     w_rows = num_splits * out_features
     x = x_buffer[: num_rows * depth].view(x_dtype)
     w = w_buffer[: w_rows * depth].view(w_dtype)
-    out_layout = gl.NVMMASharedLayout(128, 8 * out.element_size(), 2)
     row_tiles = num_rows // TILE_M.value + num_splits
     num_tiles = row_tiles * -(-out_features // TILE_N.value)
+    descriptors = (
+        described(x, num_rows, depth, GROUP_ROWS.value, 128),
+        described(w, w_rows, depth, TILE_N.value, 128),
+        described(out, num_rows, out_features, GROUP_ROWS.value, TILE_N.value),
+    )
+    constants = {
+        "OUT_FEATURES": out_features,
+        "DEPTH": depth,
+        "STAGES": num_stages(out),
+        "UNROLL": unroll,
+        "GROUP": group,
+        "LANES": padded_splits(num_splits),
+        "POWER_OF_2": power_of_2,
+        "HAS_BIAS": bias is not None,
+    }
+    grid = min(num_multiprocessors(x_buffer.get_device()), num_tiles)
+    pointers = (out, out if bias is None else bias, x_buffer, w_buffer, ends)
     with on_device_of(x_buffer):
-        _grouped_rows_kernel[(min(num_multiprocessors(x_buffer.device.index), num_tiles),)](
-            TensorDescriptor(x, [num_rows, depth], [depth, 1], [GROUP_ROWS.value, 128], CODES_LAYOUT),
-            TensorDescriptor(w, [w_rows, depth], [depth, 1], [TILE_N.value, 128], CODES_LAYOUT),
-            TensorDescriptor(
-                out, [num_rows, out_features], [out_features, 1], [GROUP_ROWS.value, TILE_N.value], out_layout
-            ),
-            out,
-            out if bias is None else bias,
-            x_buffer,
-            w_buffer,
-            ends,
-            num_splits,
-            num_rows,
-            OUT_FEATURES=out_features,
-            DEPTH=depth,
-            STAGES=num_stages(out),
-            UNROLL=unroll,
-            GROUP=group,
-            LANES=padded_splits(num_splits),
-            POWER_OF_2=power_of_2,
-            HAS_BIAS=bias is not None,
+        launch(
+            _grouped_rows_kernel,
+            grid,
+            pointers,
+            (num_splits, num_rows),
+            constants,
             num_warps=4,
+            descriptors=descriptors,
         )
     return out

@@ -3,8 +3,9 @@
 Note [What a launch depends on]
 Triton reads every argument and option of a launch anew, to find what it compiled for them: 20 to 30 microseconds for
 the kernels here, more than all else that the host does for a group. What it compiles depends on the constants and
-options, on the pointers' dtypes and whether they are multiples of 16, and on whether an integer needs 64 bits, for
-integers are declared `do_not_specialize`. `launch` keeps what was compiled by just these.
+options, on the pointers' dtypes and whether they are multiples of 16, on the dtypes, blocks and layouts of
+descriptors, and on whether an integer needs 64 bits, for integers are declared `do_not_specialize`. `launch` keeps what
+was compiled by just these.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 import triton
@@ -35,22 +37,32 @@ def on_device_of(x: torch.Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(x.device)
 
 
+class Descriptor(Protocol):
+    """A matrix that the TMA loads or stores a block of at a time: Gluon's `TensorDescriptor`."""
+
+    base: torch.Tensor
+    block_shape: list[int]
+    layout: object
+
+
 _compiled: dict[tuple[object, ...], triton.compiler.CompiledKernel] = {}
 
 
 def launch(
     kernel: triton.JITFunction,
-    grid: int,
+    grid: int | tuple[int, int],
     pointers: Sequence[torch.Tensor],
     numbers: Sequence[int | float],
     constants: Mapping[str, object],
     *,
     num_warps: int,
     maxnreg: int | None = None,
+    descriptors: Sequence[Descriptor] = (),
 ) -> None:
     """Launch `grid` programs on the current stream of the current device, where the pointers are.
 
-    kernel: `@triton.jit`, whose parameters are pointers, then numbers that it does not specialize, then constants.
+    kernel: `@triton.jit`, whose parameters are descriptors if there are any, then pointers, then numbers that it does
+        not specialize, then constants.
     numbers: integers of 64 bits or fewer, and floats. constants: by name, in the kernel's order.
     Multiplications and additions are not fused. Note [What a launch depends on].
     """
@@ -62,18 +74,21 @@ def launch(
         tuple(constants.values()),
         num_warps,
         maxnreg,
+        tuple([(descriptor.base.dtype, *descriptor.block_shape, descriptor.layout) for descriptor in descriptors]),
     )
+    whole_grid = (grid, 1, 1) if isinstance(grid, int) else (*grid, 1)
     compiled = _compiled.get(key)
     if compiled is not None:
-        compiled[(grid, 1, 1)](*pointers, *numbers, *constants.values())
+        compiled[whole_grid](*descriptors, *pointers, *numbers, *constants.values())
         return
     if not triton.knobs.runtime.interpret:
-        num_pointers, num_numbers = len(pointers), len(numbers)
-        assert kernel.arg_names[num_pointers + num_numbers :] == list(constants)
-        of_numbers = zip(kernel.params[num_pointers : num_pointers + num_numbers], numbers, strict=True)
+        first, num_numbers = len(descriptors) + len(pointers), len(numbers)
+        assert kernel.arg_names[first + num_numbers :] == list(constants)
+        of_numbers = zip(kernel.params[first : first + num_numbers], numbers, strict=True)
         assert all(isinstance(number, float) or param.do_not_specialize for param, number in of_numbers)
-    options = {} if maxnreg is None else {"maxnreg": maxnreg}
-    made = kernel[(grid,)](*pointers, *numbers, **constants, **options, num_warps=num_warps, enable_fp_fusion=False)
+    options: dict[str, object] = {} if maxnreg is None else {"maxnreg": maxnreg}
+    options |= {"num_warps": num_warps, "enable_fp_fusion": False}
+    made = kernel[whole_grid](*descriptors, *pointers, *numbers, **constants, **options)
     if not triton.knobs.runtime.interpret:
         _compiled[key] = made
 

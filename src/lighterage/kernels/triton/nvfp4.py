@@ -1,18 +1,7 @@
 """Split and quantize to NVFP4, one E4M3 scale for each 16 values and one amax for each split: two launches.
 
-The first launch finds the amax of every split, the second quantizes. Columnwise blocks run along M, and may be
-Hadamard-transformed first; a thread then holds 16 consecutive rows of a column, one in each of 16 tensors, so that the
-transform, the block's amax and the packing of codes all stay inside it.
-
-Note [Hadamard order on the device]
-The 16 bf16 values are summed in fp32 in a fixed order: signs, then butterflies `(a + b, a - b)` of elements 1, 2, 4
-and 8 apart, then times 0.25, then one rounding to bf16. The reference does the same, so the two agree bitwise.
-
-Note [Partial amax]
-The amax launch has a fixed number of programs, each for a run of consecutive rows. Program p writes one partial amax
-for each split that it meets, at `p + split`. Walking over the rows either p or the split grows from one partial to the
-next, so no two partials share a place, and those of one split lie side by side: the quantizing programs of the split
-reduce them, and nothing has to be initialised or kept between calls.
+The first launch finds the amax of every split (`nvfp4_amax`), the second quantizes. Columnwise blocks run along M, and
+may be Hadamard-transformed first (`nvfp4_columns`).
 """
 
 # Triton's tuples grow by `+` alone, and mypy takes them for Python's.
@@ -32,11 +21,11 @@ from lighterage.kernels.triton.casts import (
     magnitude,
     nvfp4_block_scale,
     nvfp4_global_scale,
-    round_pair_to_bf16,
-    widen,
     without_nan,
 )
 from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
+from lighterage.kernels.triton.nvfp4_amax import partial_amax, split_amax
+from lighterage.kernels.triton.nvfp4_columns import hadamard_16, load_16_rows, widen_16
 from lighterage.kernels.triton.splits import (
     data_offset,
     find_split,
@@ -45,127 +34,6 @@ from lighterage.kernels.triton.splits import (
     rows_of_splits,
     units_before,
 )
-from lighterage.kernels.triton.swiglu import load_input
-
-_AMAX_PROGRAMS = 1024
-_HADAMARD_SIGNS = tl.constexpr(0xD7E8)  # bit i: element i is negated
-
-
-@triton.jit
-def _load_16_rows(
-    x,
-    first_row,
-    offs_k,
-    rows,
-    NUM_COLS: tl.constexpr,
-    MASK_K: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """16 tensors [G, C]: tensor r holds rows `first_row + r`. `first_row`: [G]. Zero outside the split."""
-    STRIDE: tl.constexpr = 2 * NUM_COLS if SWIGLU else NUM_COLS
-    mask = (first_row < rows)[:, None]
-    if MASK_K:
-        mask = mask & (offs_k < NUM_COLS)[None, :]
-    pointers = x + first_row.to(tl.int64)[:, None] * STRIDE + offs_k[None, :]
-    values = ()
-    for r in tl.static_range(16):
-        values = values + (load_input(pointers + r * STRIDE, mask, NUM_COLS, SWIGLU, HARDWARE),)
-    return values
-
-
-@triton.jit
-def _widen_16(values, HARDWARE: tl.constexpr):
-    """16 tensors as fp32."""
-    wide = ()
-    for r in tl.static_range(16):
-        wide = wide + (widen(values[r], HARDWARE),)
-    return wide
-
-
-@triton.jit
-def _butterfly(values, DISTANCE: tl.constexpr):
-    """One stage: elements `DISTANCE` apart become their sum and their difference."""
-    result = ()
-    for r in tl.static_range(16):
-        if r & DISTANCE == 0:
-            result = result + (values[r] + values[r + DISTANCE],)
-        else:
-            result = result + (values[r - DISTANCE] - values[r],)
-    return result
-
-
-@triton.jit
-def _hadamard_16(values, HARDWARE: tl.constexpr):
-    """The random Hadamard transform of 16 elements, bf16 values kept as fp32: note [Hadamard order on the device]."""
-    signed = ()
-    for r in tl.static_range(16):
-        if (_HADAMARD_SIGNS >> r) & 1:
-            signed = signed + (-values[r],)
-        else:
-            signed = signed + (values[r],)
-    sums = _butterfly(_butterfly(_butterfly(_butterfly(signed, 1), 2), 4), 8)
-    result = ()
-    for r in tl.static_range(0, 16, 2):
-        result = result + round_pair_to_bf16(sums[r] * 0.25, sums[r + 1] * 0.25, HARDWARE)
-    return result
-
-
-@triton.jit(do_not_specialize=["num_splits", "num_groups", "groups_per_program", "num_partials"])
-def _amax_kernel(
-    x,
-    ends,
-    partials,
-    num_splits,
-    num_groups,
-    groups_per_program,
-    num_partials,
-    NUM_COLS: tl.constexpr,
-    HADAMARD: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    LANES: tl.constexpr,
-    TILE_K: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """Partial amax of every split in a run of groups of 16 rows: note [Partial amax].
-
-    partials: fp32, `num_partials` of the plain values, then as many of the transformed ones if HADAMARD.
-    """
-    program = tl.program_id(0)
-    group = program * groups_per_program
-    last = tl.minimum(group + groups_per_program, num_groups)
-    last = tl.minimum(last, (tl.load(ends + num_splits - 1) // 16).to(tl.int32))
-    lane = tl.arange(0, LANES)
-    all_ends = tl.load(ends + lane, mask=lane < num_splits, other=0x7FFFFFFF) // 16
-    while group < last:
-        # Splits that ended before this group: so many come before its own.
-        split = tl.sum((all_ends <= group).to(tl.int32), 0)
-        until = tl.minimum((tl.load(ends + split) // 16).to(tl.int32), last)
-        plain = tl.zeros([1, TILE_K], tl.float32)
-        transformed = tl.zeros([1, TILE_K], tl.float32)
-        for g in range(group, until):
-            for k in range(0, NUM_COLS, TILE_K):
-                first_row = tl.zeros([1], tl.int32) + g * 16
-                offs_k = k + tl.arange(0, TILE_K)
-                MASK_K: tl.constexpr = NUM_COLS % TILE_K != 0
-                values = _load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
-                plain = tl.maximum(plain, largest_magnitude(values, HARDWARE))
-                if HADAMARD:
-                    values = _hadamard_16(_widen_16(values, HARDWARE), HARDWARE)
-                    transformed = tl.maximum(transformed, largest_magnitude(values, HARDWARE))
-        tl.store(partials + program + split, tl.max(tl.max(plain, 1), 0))
-        if HADAMARD:
-            tl.store(partials + num_partials + program + split, tl.max(tl.max(transformed, 1), 0))
-        group = until
-
-
-@triton.jit
-def _split_amax(partials, split, start, rows, rows_per_program, PARTIALS: tl.constexpr):
-    """The amax of a split, from its partials; 0 if it has no rows."""
-    first = start // rows_per_program
-    count = tl.where(rows > 0, (start + rows - 1) // rows_per_program - first + 1, 0)
-    offs = tl.arange(0, PARTIALS)
-    return tl.max(tl.load(partials + first + split + offs, mask=offs < count, other=0.0), 0)
 
 
 @triton.jit
@@ -253,7 +121,7 @@ def _quantize_tile(
     group = tile * G + tl.arange(0, G)
     offs_k = k_tile * C + tl.arange(0, C)
     first_row = group * 16
-    values = _widen_16(_load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, SWIGLU, HARDWARE), HARDWARE)
+    values = widen_16(load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, SWIGLU, HARDWARE), HARDWARE)
     row_random = values
     col_random = values
     if STOCHASTIC:
@@ -308,7 +176,7 @@ def _quantize_tile(
             col_code = _spread(block_code, G, C)
         else:
             if HADAMARD:
-                values = _hadamard_16(values, HARDWARE)
+                values = hadamard_16(values, HARDWARE)
             amax = without_nan(largest_magnitude(values, HARDWARE))
             col_code, factor = nvfp4_block_scale(amax, col_multiplier, col_decode, HARDWARE)
             factors = (factor,) * 16
@@ -358,10 +226,10 @@ def _split_quantize_kernel(
     if (tile * 128 >= rows) & (writes_amax == 0):
         return
     offset, scales_start = data_offset(ends, split, start, num_splits, NUM_COLS // 2, 16, LANES)
-    row_amax = _split_amax(partials, split, start, rows, rows_per_program, PARTIALS)
+    row_amax = split_amax(partials, split, start, rows, rows_per_program, PARTIALS)
     col_amax = row_amax
     if HADAMARD:
-        col_amax = _split_amax(partials + num_partials, split, start, rows, rows_per_program, PARTIALS)
+        col_amax = split_amax(partials + num_partials, split, start, rows, rows_per_program, PARTIALS)
     if writes_amax:
         all_rows = rows_of_splits(ends, num_splits, LANES)
         if ROWWISE:
@@ -460,27 +328,13 @@ def split_quantize_nvfp4(
         )
     if num_cols == 0 or num_splits == 0:
         return
-    num_groups = num_rows // 16
-    groups_per_program = max(1, -(-num_groups // _AMAX_PROGRAMS))
-    amax_programs = max(1, -(-num_groups // groups_per_program))
-    num_partials = amax_programs + num_splits
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
     row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
     hadamard = hadamard and columnwise
     lanes, hardware = padded_splits(num_splits), has_fp8_casts(x.device.index)
-    partials = torch.empty(num_partials * (2 if hadamard else 1), dtype=torch.float32, device=x.device)
-    constants = {
-        "NUM_COLS": num_cols,
-        "HADAMARD": hadamard,
-        "SWIGLU": swiglu,
-        "LANES": lanes,
-        "TILE_K": min(amax_tile_k, triton.next_power_of_2(num_cols)),
-        "HARDWARE": hardware,
-    }
-    pointers = (x, ends, partials)
-    numbers = (num_splits, num_groups, groups_per_program, num_partials)
-    with on_device_of(x):
-        launch(_amax_kernel, amax_programs, pointers, numbers, constants, num_warps=amax_warps)
+    found = partial_amax(
+        x, ends, num_splits=num_splits, hadamard=hadamard, swiglu=swiglu, tile_k=amax_tile_k, num_warps=amax_warps
+    )
     k_tiles = -(-num_cols // tile_k)
     grid = num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program)
     constants = {
@@ -492,12 +346,12 @@ def split_quantize_nvfp4(
         "STOCHASTIC": stochastic_rounding,
         "SWIGLU": swiglu,
         "LANES": lanes,
-        "PARTIALS": max(16, triton.next_power_of_2(amax_programs)),
+        "PARTIALS": max(16, triton.next_power_of_2(found.num_programs)),
         "C": tile_k,
         "TILES_PER_PROGRAM": tiles_per_program,
         "HARDWARE": hardware,
     }
-    pointers = (x, ends, partials, row_buffer, col_buffer)
-    numbers = (num_splits, groups_per_program * 16, num_partials, seed)
+    pointers = (x, ends, found.partials, row_buffer, col_buffer)
+    numbers = (num_splits, found.rows_per_program, found.num_partials, seed)
     with on_device_of(x):
         launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)

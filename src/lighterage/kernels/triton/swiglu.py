@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from lighterage.kernels.triton.casts import narrow, widen
-from lighterage.kernels.triton.launch import has_fp8_casts, on_device_of
+from lighterage.kernels.triton.launch import has_fp8_casts, launch, on_device_of
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _BLOCK = 1024
@@ -111,14 +111,8 @@ def swiglu(h: torch.Tensor) -> torch.Tensor:
     y = torch.empty(num_rows, num_cols, dtype=h.dtype, device=h.device)
     if y.numel():
         with on_device_of(h):
-            _swiglu_kernel[(num_rows, triton.cdiv(num_cols, _BLOCK))](
-                h,
-                y,
-                NUM_COLS=num_cols,
-                BLOCK=_BLOCK,
-                HARDWARE=has_fp8_casts(h.device.index),
-                enable_fp_fusion=False,
-            )
+            constants = {"NUM_COLS": num_cols, "BLOCK": _BLOCK, "HARDWARE": has_fp8_casts(h.device.index)}
+            launch(_swiglu_kernel, (num_rows, triton.cdiv(num_cols, _BLOCK)), (h, y), (), constants, num_warps=4)
     return y
 
 
@@ -147,15 +141,13 @@ def swiglu_backward(h: torch.Tensor, dy: torch.Tensor, *, probs: torch.Tensor | 
     dh = torch.empty_like(h)
     if dh.numel():
         with on_device_of(h):
-            _swiglu_backward_kernel[(num_rows, triton.cdiv(num_cols, _BLOCK))](
-                h,
-                dy,
-                h if probs is None else probs,
-                dh,
-                NUM_COLS=num_cols,
-                HAS_PROBS=probs is not None,
-                BLOCK=_BLOCK,
-                HARDWARE=has_fp8_casts(h.device.index),
-                enable_fp_fusion=False,
-            )
+            constants = {
+                "NUM_COLS": num_cols,
+                "HAS_PROBS": probs is not None,
+                "BLOCK": _BLOCK,
+                "HARDWARE": has_fp8_casts(h.device.index),
+            }
+            grid = (num_rows, triton.cdiv(num_cols, _BLOCK))
+            pointers = (h, dy, h if probs is None else probs, dh)
+            launch(_swiglu_backward_kernel, grid, pointers, (), constants, num_warps=4)
     return dh

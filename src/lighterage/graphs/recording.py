@@ -1,0 +1,242 @@
+"""What was captured of one callable: its graphs, and the memory that they read and write."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..engine.graph_driver import graph_driver
+from ..errors import GraphError
+
+if TYPE_CHECKING:
+    from torch.cuda import _POOL_HANDLE as Pool  # what `torch.cuda.graph_pool_handle()` returns
+
+
+class Ticket:
+    """One forward replay, for as long as its backward may still come. The autograd graph holds it."""
+
+    __slots__ = ("__weakref__", "spent", "turn")
+
+    def __init__(self, turn: int) -> None:
+        self.turn = turn
+        self.spent = False
+
+
+@dataclasses.dataclass(eq=False)
+class Recording:
+    """The graphs of one callable, and their static memory."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: list[Tensor]
+    """Leaves of the arguments: each replay's are copied into them."""
+    arguments_spec: pytree.TreeSpec
+    parameters: tuple[Tensor, ...]
+    """Read where they are."""
+    training: bool | None
+    """Of the module when it was captured; None for a function."""
+    forward: torch.cuda.CUDAGraph | None = None
+    forward_events: frozenset[int] = frozenset()
+    """Handles of the events that a replay records in its midst."""
+    outputs: tuple[Tensor, ...] = ()
+    outputs_spec: pytree.TreeSpec | None = None
+    backward: torch.cuda.CUDAGraph | None = None
+    backward_events: frozenset[int] = frozenset()
+    output_grads: tuple[Tensor | None, ...] = ()
+    input_grads: tuple[Tensor | None, ...] = ()
+    """Of arguments and parameters."""
+
+    def __post_init__(self) -> None:
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self._turn = 0
+        self._open: weakref.ref[Ticket] | None = None
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (*self.arguments, *self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
+
+    # --- capture --------------------------------------------------------------------------------------------------
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Call the function on the static arguments; the leaves of what it returns.
+
+        Raises:
+            TypeError: something else than tensors is returned.
+        """
+        returned = self.function(*pytree.tree_unflatten(self.arguments, self.arguments_spec))
+        leaves, self.outputs_spec = pytree.tree_flatten(returned)
+        for leaf in leaves:
+            if not isinstance(leaf, Tensor):
+                raise TypeError(
+                    f"a graphed callable returns tensors, in tuples, lists or dicts; {self.name} returned a "
+                    f"{type(leaf).__name__}, which no replay would renew. Leave it out."
+                )
+        return tuple(leaves)
+
+    def gradients(
+        self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], allow_unused: bool
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of the inputs, None where there is none."""
+        wanted = [x for x in self.inputs if x.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [y for y in outputs if y.requires_grad],
+                wanted,
+                [g for g in grads if g is not None],
+                allow_unused=allow_unused,
+            )
+        )
+        return tuple(next(found) if x.requires_grad else None for x in self.inputs)
+
+    def differentiable(self, outputs: tuple[Tensor, ...]) -> bool:
+        """Whether there is a backward pass."""
+        return any(y.requires_grad for y in outputs) and any(x.requires_grad for x in self.inputs)
+
+    def capture_forward(self, pool: Pool, stream: torch.cuda.Stream) -> None:
+        """Capture the forward pass on `stream`."""
+        graph = torch.cuda.CUDAGraph()
+        with capturing(graph, pool, stream) as events:
+            self.outputs = self.run()
+        self._check_leaves()
+        self.forward, self.forward_events = graph, frozenset(events)
+
+    def _check_leaves(self) -> None:
+        """Refuse what would silently get no gradient."""
+        known = {id(x) for x in self.inputs}
+        nodes = [y.grad_fn for y in self.outputs if y.grad_fn is not None]
+        seen = set(nodes)
+        while nodes:
+            node = nodes.pop()
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and id(leaf) not in known:
+                raise ValueError(
+                    f"{self.name} uses a tensor {tuple(leaf.shape)} {leaf.dtype} that needs a gradient and is neither "
+                    "an argument nor a parameter of the module: a graph would give it none. Pass it as an argument, "
+                    "or make an nn.Module that has it."
+                )
+            following = {child for child, _ in node.next_functions if child is not None} - seen
+            seen |= following
+            nodes.extend(following)
+
+    def capture_backward(self, pool: Pool, stream: torch.cuda.Stream, allow_unused: bool) -> None:
+        """Capture the backward pass on `stream`, if there is one. What the forward pass saved is then given up."""
+        if self.differentiable(self.outputs):
+            self.output_grads = tuple(torch.empty_like(y) if y.requires_grad else None for y in self.outputs)
+            graph = torch.cuda.CUDAGraph()
+            with capturing(graph, pool, stream) as events:
+                self.input_grads = self.gradients(self.outputs, self.output_grads, allow_unused)
+            self.backward, self.backward_events = graph, frozenset(events)
+        self.outputs = tuple(y.detach().requires_grad_(y.requires_grad) for y in self.outputs)
+
+    def reset(self) -> None:
+        """Destroy the graphs and let go of their memory."""
+        self.forward = self.backward = None
+        self.outputs = self.output_grads = self.input_grads = ()
+
+    # --- turns ----------------------------------------------------------------------------------------------------
+
+    def begin(self) -> Ticket:
+        """A forward replay begins.
+
+        Raises:
+            GraphError: the last one's backward is still to come, or a parameter has moved.
+        """
+        last = None if self._open is None else self._open()
+        if self.backward is not None and last is not None and not last.spent:
+            raise GraphError(
+                f"the graph of {self.name} was replayed, and its backward is still to come: a second replay would "
+                "overwrite what the first one saved. Run backward first, drop the first result, or capture one graph "
+                "for each microbatch in flight."
+            )
+        for parameter, address in zip(self.parameters, self._addresses, strict=True):
+            if parameter.data_ptr() != address:
+                raise GraphError(
+                    f"a parameter of {self.name}, {tuple(parameter.shape)} {parameter.dtype}, is not where it was when "
+                    "the graph was captured, which still reads the old memory. Write parameters in place, or capture "
+                    "again after moving them."
+                )
+        self._turn += 1
+        ticket = Ticket(self._turn)
+        self._open = weakref.ref(ticket)
+        return ticket
+
+    def finish(self, ticket: Ticket) -> torch.cuda.CUDAGraph:
+        """A backward replay begins: the graph to replay.
+
+        Raises:
+            GraphError: what it would read was overwritten or used up.
+        """
+        if self.backward is None:
+            raise GraphError(f"the graph of {self.name} was reset, and its backward came after that.")
+        if ticket.turn != self._turn or ticket.spent:
+            raise GraphError(
+                f"backward came for the second time, or after another forward replay, to the graph of {self.name}: "
+                "what forward saved is used up by the first backward and overwritten by the next forward. Run each "
+                "backward once, before the next forward, or run this part without a graph."
+            )
+        ticket.spent = True
+        return self.backward
+
+
+@contextlib.contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Pool, stream: torch.cuda.Stream) -> Iterator[set[int]]:
+    """Capture the block's work on `stream` into `graph`; gives the set in which events recorded inside will be.
+
+    However the block ends, the capture is over then, and the current stream is what it was.
+
+    Raises:
+        GraphError: the block did what no graph can hold.
+    """
+    torch.cuda.synchronize()
+    gc.collect()  # what dies inside a capture may do what a capture forbids
+    collects = gc.isenabled()
+    gc.disable()
+    before = torch.cuda.current_stream()
+    torch.cuda.set_stream(stream)
+    events: set[int] = set()
+    try:
+        # Other threads, such as those of data loaders, may do as they like meanwhile.
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            yield events
+            driver = graph_driver()
+            found = None if driver is None else driver.capture_of(stream.cuda_stream)
+            if driver is not None and found is not None:
+                events |= driver.recorded_events(found[1])
+        except BaseException:
+            _end(graph, pool, stream)
+            raise
+        error = _end(graph, pool, stream)
+        if error is not None:
+            raise GraphError(
+                f"the capture failed: {error}. What a graph holds must not wait for the device or be waited for by the "
+                "host, and side streams must be joined."
+            ) from error
+    finally:
+        torch.cuda.set_stream(before)
+        if collects:
+            gc.enable()
+
+
+def _end(graph: torch.cuda.CUDAGraph, pool: Pool, stream: torch.cuda.Stream) -> Exception | None:
+    try:
+        graph.capture_end()
+    except Exception as error:
+        # PyTorch leaves its allocator in the capture where CUDA reports that the capture is broken.
+        for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+            with contextlib.suppress(Exception):
+                undo(stream.device_index, pool)
+        return error
+    return None

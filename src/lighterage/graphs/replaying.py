@@ -1,0 +1,207 @@
+"""Replays graphs in the order that the caller's streams and autograd ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.utils import _pytree as pytree
+
+from .recording import Recording, Ticket
+
+# Note [Streams of a replay]
+# The inputs were made on the caller's stream, so the replay's stream waits for it. What the replay writes is read on
+# the caller's stream, and the memory of the inputs goes back to that stream's pool: so the caller's stream waits for
+# the replay. It waits for an event that is recorded after the replay; the one that the caller gave, if it gave one, so
+# that other streams can wait for the same. A graph may record that event in its midst, with `external=True`: then it
+# stands for what the graph has done so far, whoever waits for it reads nothing later, and it is not recorded again.
+
+
+class Launch:
+    """On which stream to replay, and which event tells that it is through."""
+
+    __slots__ = ("event", "stream")
+
+    def __init__(self, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+        self.stream = stream
+        self.event = event
+
+    @contextlib.contextmanager
+    def order(self, recorded_inside: frozenset[int]) -> Iterator[None]:
+        """Issue the block's work on the stream, after the caller's; the caller's stream then waits for it."""
+        caller = torch.cuda.current_stream()
+        stream = caller if self.stream is None else self.stream
+        if stream != caller:
+            follow(stream, caller)
+            torch.cuda.set_stream(stream)
+        try:
+            yield
+        finally:
+            torch.cuda.set_stream(caller)
+        event = self.event
+        if event is not None and event.cuda_event not in recorded_inside:
+            record(event, stream)
+        if stream != caller:
+            if event is None:
+                follow(caller, stream)
+            else:
+                await_event(caller, event)
+
+
+def follow(stream: torch.cuda.Stream, other: torch.cuda.Stream) -> None:
+    """Make `stream` wait for what was issued on `other` so far."""
+    stream.wait_stream(other)
+
+
+def record(event: torch.cuda.Event, stream: torch.cuda.Stream) -> None:
+    """Let `event` stand for what was issued on `stream` so far."""
+    event.record(stream)
+
+
+def await_event(stream: torch.cuda.Stream, event: torch.cuda.Event) -> None:
+    """Make `stream` wait for `event`."""
+    stream.wait_event(event)
+
+
+class _Replay(torch.autograd.Function):
+    """Forward and backward of a recording, as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, launch: Launch, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ticket: Ticket = recording.begin()
+        ctx.recording, ctx.launch, ctx.ticket = recording, launch, ticket
+        assert recording.forward is not None
+        with launch.order(recording.forward_events):
+            for static, given in zip(recording.arguments, inputs, strict=False):
+                static.copy_(given)
+            recording.forward.replay()
+        outputs = tuple(static.detach() for static in recording.outputs)
+        ctx.mark_non_differentiable(
+            *(y for y, static in zip(outputs, recording.outputs, strict=True) if not static.requires_grad)
+        )
+        return outputs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        recording: Recording = ctx.recording
+        graph = recording.finish(ctx.ticket)
+        with ctx.launch.order(recording.backward_events):
+            for static, given in zip(recording.output_grads, grads, strict=True):
+                if static is not None:
+                    static.copy_(given)
+            graph.replay()
+        # The static tensors themselves: were they aliases, autograd would make them `.grad` without a copy, and the
+        # next replay would overwrite it.
+        return (None, None, *recording.input_grads)
+
+
+class Graphed:
+    """A callable whose forward and backward are replays. Made by `make_graphed_callables`; a module's is its `forward`.
+
+    Runs without graphs: under `no_grad`, where a replay would overwrite what a forward before it saved; in eval mode,
+    if it was captured in training, or the other way round; and after `reset`.
+    """
+
+    def __init__(self, recording: Recording, eager: Callable[..., Any], module: nn.Module | None) -> None:
+        self._recording: Recording | None = recording
+        self.eager = eager
+        """What runs without graphs."""
+        self._module = module
+
+    def __call__(
+        self,
+        *args: Any,
+        cuda_graph_stream: torch.cuda.Stream | None = None,
+        cuda_graph_event: torch.cuda.Event | None = None,
+    ) -> Any:
+        """Replay on `args`, of the shapes that were captured.
+
+        cuda_graph_stream: where to replay, in forward and in backward; None: the caller's stream.
+        cuda_graph_event: recorded after each replay; None: the caller's stream waits for the stream itself.
+        See Note [Streams of a replay].
+
+        Raises:
+            GraphError: the last replay's backward is still to come, or a parameter has moved.
+            ValueError, TypeError: other arguments than were captured.
+        """
+        recording = self._recording
+        if recording is None or not self._applies(recording):
+            result = self.eager(*args)
+            if cuda_graph_event is not None:
+                cuda_graph_event.record()
+            return result
+        inputs = _check(recording, args)
+        if cuda_graph_stream is not None and cuda_graph_stream.device != recording.device:
+            raise ValueError(
+                f"cuda_graph_stream is of {cuda_graph_stream.device}, and {recording.name} was captured on "
+                f"{recording.device}. Make the stream there."
+            )
+        launch = Launch(cuda_graph_stream, cuda_graph_event)
+        outputs = _Replay.apply(  # type: ignore[no-untyped-call]
+            recording, launch, *inputs, *recording.parameters
+        )
+        assert recording.outputs_spec is not None
+        return pytree.tree_unflatten(outputs, recording.outputs_spec)
+
+    def _applies(self, recording: Recording) -> bool:
+        if self._module is not None and self._module.training != recording.training:
+            return False
+        return recording.backward is None or torch.is_grad_enabled()
+
+    def reset(self) -> None:
+        """Destroy the graphs. Memory and host blocks that were theirs are given back; calls run without graphs."""
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            recording.reset()
+        if self._module is not None and self._module.__dict__.get("forward") is self:
+            del self._module.__dict__["forward"]
+            if not isinstance(self.eager, types.MethodType) or self.eager.__self__ is not self._module:
+                self._module.__dict__["forward"] = self.eager
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        # A copied module has parameters of its own, which the graphs know nothing of.
+        copied = None if self._module is None else memo.get(id(self._module))
+        if copied is None:
+            raise TypeError("a graphed function cannot be copied: its graphs read and write memory of their own.")
+        return types.MethodType(type(copied).forward, copied)
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise TypeError(
+            "a graphed callable belongs to its process and cannot be pickled. Save the state dict, or call "
+            "module.forward.reset() first and capture again after loading."
+        )
+
+    def __repr__(self) -> str:
+        recording = self._recording
+        return "<graphed callable, reset>" if recording is None else f"<graphed {recording.name}>"
+
+
+def _check(recording: Recording, args: tuple[Any, ...]) -> list[Tensor]:
+    leaves, spec = pytree.tree_flatten(args)
+    if spec != recording.arguments_spec:
+        raise TypeError(
+            f"{recording.name} was captured with arguments of the form {recording.arguments_spec}, and got {spec}. "
+            "Pass the same tensors in the same places as in sample_args."
+        )
+    for static, given in zip(recording.arguments, leaves, strict=True):
+        if given.shape != static.shape or given.dtype != static.dtype or given.device != static.device:
+            raise ValueError(
+                f"{recording.name} was captured with a tensor {_describe(static)}, and got {_describe(given)} in its "
+                "place. A graph takes the shapes it was captured with: pad, or capture one for each shape."
+            )
+        if given.requires_grad and not static.requires_grad:
+            raise ValueError(
+                f"{recording.name} was captured with a tensor {_describe(static)} that needed no gradient; this one "
+                "does, and would get none. Capture with a sample that requires_grad."
+            )
+    return leaves
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"

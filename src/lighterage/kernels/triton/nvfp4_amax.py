@@ -1,0 +1,118 @@
+"""The largest magnitude of every split, which NVFP4 needs before it can quantize: one launch.
+
+Note [Partial amax]
+The amax launch has a fixed number of programs, each for a run of consecutive rows. Program p writes one partial amax
+for each split that it meets, at `p + split`. Walking over the rows either p or the split grows from one partial to the
+next, so no two partials share a place, and those of one split lie side by side: the quantizing programs of the split
+reduce them, and nothing has to be initialised or kept between calls.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from lighterage.kernels.triton.casts import largest_magnitude
+from lighterage.kernels.triton.launch import has_fp8_casts, launch, on_device_of, quantized_shape
+from lighterage.kernels.triton.nvfp4_columns import hadamard_16, load_16_rows, widen_16
+from lighterage.kernels.triton.splits import padded_splits
+
+_PROGRAMS = 1024
+
+
+@triton.jit(do_not_specialize=["num_splits", "num_groups", "groups_per_program", "num_partials"])
+def _amax_kernel(
+    x,
+    ends,
+    partials,
+    num_splits,
+    num_groups,
+    groups_per_program,
+    num_partials,
+    NUM_COLS: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE_K: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """Partial amax of every split in a run of groups of 16 rows: note [Partial amax].
+
+    partials: fp32, `num_partials` of the plain values, then as many of the transformed ones if HADAMARD.
+    """
+    program = tl.program_id(0)
+    group = program * groups_per_program
+    last = tl.minimum(group + groups_per_program, num_groups)
+    last = tl.minimum(last, (tl.load(ends + num_splits - 1) // 16).to(tl.int32))
+    lane = tl.arange(0, LANES)
+    all_ends = tl.load(ends + lane, mask=lane < num_splits, other=0x7FFFFFFF) // 16
+    while group < last:
+        # Splits that ended before this group: so many come before its own.
+        split = tl.sum((all_ends <= group).to(tl.int32), 0)
+        until = tl.minimum((tl.load(ends + split) // 16).to(tl.int32), last)
+        plain = tl.zeros([1, TILE_K], tl.float32)
+        transformed = tl.zeros([1, TILE_K], tl.float32)
+        for g in range(group, until):
+            for k in range(0, NUM_COLS, TILE_K):
+                first_row = tl.zeros([1], tl.int32) + g * 16
+                offs_k = k + tl.arange(0, TILE_K)
+                MASK_K: tl.constexpr = NUM_COLS % TILE_K != 0
+                values = load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
+                plain = tl.maximum(plain, largest_magnitude(values, HARDWARE))
+                if HADAMARD:
+                    values = hadamard_16(widen_16(values, HARDWARE), HARDWARE)
+                    transformed = tl.maximum(transformed, largest_magnitude(values, HARDWARE))
+        tl.store(partials + program + split, tl.max(tl.max(plain, 1), 0))
+        if HADAMARD:
+            tl.store(partials + num_partials + program + split, tl.max(tl.max(transformed, 1), 0))
+        group = until
+
+
+@triton.jit
+def split_amax(partials, split, start, rows, rows_per_program, PARTIALS: tl.constexpr):
+    """The amax of a split, from its partials; 0 if it has no rows."""
+    first = start // rows_per_program
+    count = tl.where(rows > 0, (start + rows - 1) // rows_per_program - first + 1, 0)
+    offs = tl.arange(0, PARTIALS)
+    return tl.max(tl.load(partials + first + split + offs, mask=offs < count, other=0.0), 0)
+
+
+class PartialAmax(NamedTuple):
+    """What `split_amax` reduces: note [Partial amax]."""
+
+    partials: torch.Tensor
+    """fp32, `num_partials` of the plain values, then as many of the transformed ones if there are any."""
+    num_partials: int
+    num_programs: int
+    rows_per_program: int
+
+
+def partial_amax(
+    x: torch.Tensor, ends: torch.Tensor, *, num_splits: int, hadamard: bool, swiglu: bool, tile_k: int, num_warps: int
+) -> PartialAmax:
+    """The partial amax of every split of `x`, in one launch on the current stream.
+
+    x, ends, num_splits, hadamard, swiglu: as of `split_quantize_nvfp4`, which checks them; hadamard: of the transformed
+        values too. tile_k, num_warps: how the work is cut; they change speed alone.
+    """
+    num_rows, num_cols = quantized_shape(x, swiglu)
+    num_groups = num_rows // 16
+    groups_per_program = max(1, -(-num_groups // _PROGRAMS))
+    num_programs = max(1, -(-num_groups // groups_per_program))
+    num_partials = num_programs + num_splits
+    partials = torch.empty(num_partials * (2 if hadamard else 1), dtype=torch.float32, device=x.device)
+    constants = {
+        "NUM_COLS": num_cols,
+        "HADAMARD": hadamard,
+        "SWIGLU": swiglu,
+        "LANES": padded_splits(num_splits),
+        "TILE_K": min(tile_k, triton.next_power_of_2(num_cols)),
+        "HARDWARE": has_fp8_casts(x.device.index),
+    }
+    numbers = (num_splits, num_groups, groups_per_program, num_partials)
+    with on_device_of(x):
+        launch(_amax_kernel, num_programs, (x, ends, partials), numbers, constants, num_warps=num_warps)
+    return PartialAmax(partials, num_partials, num_programs, groups_per_program * 16)

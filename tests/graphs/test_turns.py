@@ -1,0 +1,191 @@
+"""Replays take turns: what forward saved is neither overwritten before backward nor used twice. Graphs are Python."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lighterage import GraphError
+from lighterage.graphs import Graphed, replaying
+from lighterage.graphs.recording import Recording
+
+
+class PythonGraph:
+    """What a CUDA graph does, on the host."""
+
+    def __init__(self, run: Callable[[], None]) -> None:
+        self.replay = run
+
+
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([2.0, 3.0]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * x
+
+
+@pytest.fixture(autouse=True)
+def _no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replaying.Launch, "order", lambda self, recorded_inside: contextlib.nullcontext())
+
+
+def graphed(module: Scale) -> Scale:
+    """`module` with graphs that read and write static memory."""
+    x, weight = torch.zeros(2, requires_grad=True), module.weight
+    y, grad_y, grad_x, grad_weight = torch.zeros(2, requires_grad=True), *(torch.zeros(2) for _ in range(3))
+    saved = torch.zeros(2)
+
+    def forward() -> None:
+        saved.copy_(x.detach())
+        y.copy_(weight * x)
+
+    def backward() -> None:
+        grad_x.copy_(grad_y * weight)
+        grad_weight.copy_(grad_y * saved)
+
+    with torch.no_grad():
+        recording = Recording(
+            name="Scale",
+            function=module,
+            arguments=[x],
+            arguments_spec=pytree.tree_flatten((x,))[1],
+            parameters=(weight,),
+            training=True,
+            forward=PythonGraph(forward),  # type: ignore[arg-type]
+            outputs=(y,),
+            outputs_spec=pytree.tree_flatten(y)[1],
+            backward=PythonGraph(backward),  # type: ignore[arg-type]
+            output_grads=(grad_y,),
+            input_grads=(grad_x, grad_weight),
+        )
+    module.forward = Graphed(recording, module.forward, module)  # type: ignore[method-assign]
+    return module
+
+
+def values(*numbers: float) -> Tensor:
+    return torch.tensor([float(number) for number in numbers], requires_grad=True)
+
+
+def test_replays_give_what_the_module_gives() -> None:
+    plain, replayed = Scale(), graphed(Scale())
+    for numbers in ((1.0, 2.0), (3.0, 4.0), (5.0, 6.0)):
+        got, wanted = values(*numbers), values(*numbers)
+        y, z = replayed(got), plain(wanted)
+        assert torch.equal(y, z)
+        y.pow(2).sum().backward()
+        z.pow(2).sum().backward()
+        assert got.grad is not None and wanted.grad is not None and torch.equal(got.grad, wanted.grad)
+        # Over three replays it adds up: the first one did not become the graph's own memory.
+        assert replayed.weight.grad is not None and plain.weight.grad is not None
+        assert torch.equal(replayed.weight.grad, plain.weight.grad)
+
+
+def test_a_second_forward_is_refused_until_backward_came_or_nobody_can_run_it() -> None:
+    module = graphed(Scale())
+    first = module(values(1, 2))
+    with pytest.raises(GraphError, match="its backward is still to come"):
+        module(values(3, 4))
+    first.sum().backward()
+    second = module(values(3, 4))
+    del second
+    gc.collect()
+    module(values(5, 6)).sum().backward()
+
+
+def test_a_second_backward_is_refused() -> None:
+    module = graphed(Scale())
+    y = module(values(1, 2)).sum()
+    y.backward(retain_graph=True)
+    with pytest.raises(GraphError, match="for the second time, or after another forward"):
+        y.backward(retain_graph=True)
+    module(values(3, 4)).sum().backward()
+    with pytest.raises(GraphError, match="for the second time, or after another forward"):
+        y.backward()
+
+
+def test_a_moved_parameter_is_refused() -> None:
+    module = graphed(Scale())
+    module.weight.data = module.weight.data.clone()
+    with pytest.raises(GraphError, match=r"a parameter of Scale, \(2,\).*capture again"):
+        module(values(1, 2))
+
+
+def test_other_arguments_are_refused() -> None:
+    module = graphed(Scale())
+    with pytest.raises(ValueError, match=r"with a tensor \(2,\) float32 on cpu, and got \(3,\) float32 on cpu"):
+        module(values(1, 2, 3))
+    with pytest.raises(ValueError, match="float64"):
+        module(torch.zeros(2, dtype=torch.float64))
+    with pytest.raises(TypeError, match="the same tensors in the same places"):
+        module([values(1, 2)])
+
+
+def test_it_runs_without_graphs_where_a_replay_would_be_wrong() -> None:
+    module = graphed(Scale())
+    y = module(values(1, 2))
+    with torch.no_grad():
+        assert torch.equal(module(values(3, 4)), torch.tensor([6.0, 12.0]))
+    module.eval()
+    x = values(5, 6)
+    module(x).sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, module.weight)
+    module.train()
+    x = values(1, 2)
+    y.sum().backward()
+    assert module.weight.grad is not None and torch.equal(module.weight.grad, torch.tensor([6.0, 8.0]))
+
+
+def test_reset_puts_the_module_back() -> None:
+    module = graphed(Scale())
+    y = module(values(1, 2)).sum()
+    replay: Any = module.forward
+    replay.reset()
+    assert "forward" not in module.__dict__ and repr(replay) == "<graphed callable, reset>"
+    assert torch.equal(module(values(3, 4)), torch.tensor([6.0, 12.0]))
+    with pytest.raises(GraphError, match="was reset"):
+        y.backward()
+    replay.reset()
+
+
+def test_a_copy_has_no_graphs_and_a_pickle_is_refused() -> None:
+    module = graphed(Scale())
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.weight.fill_(1)
+    assert torch.equal(other(values(3, 4)), torch.tensor([3.0, 4.0]))
+    assert torch.equal(module(values(3, 4)), torch.tensor([6.0, 12.0]))
+    with pytest.raises(TypeError, match=r"forward\.reset\(\)"):
+        pickle.dumps(module)
+
+
+def test_a_tensor_that_would_get_no_gradient_is_refused() -> None:
+    hidden = torch.ones(2, requires_grad=True)
+    recording = _recording_of(lambda x: x * hidden)
+    with pytest.raises(ValueError, match=r"uses a tensor \(2,\) torch.float32.*make an nn.Module"):
+        recording._check_leaves()
+    _recording_of(lambda x: (x * hidden.detach()).exp() * x)._check_leaves()
+
+
+def _recording_of(function: Callable[[Tensor], Tensor]) -> Recording:
+    x = torch.zeros(2, requires_grad=True)
+    recording = Recording(
+        name="function",
+        function=function,
+        arguments=[x],
+        arguments_spec=pytree.tree_flatten((x,))[1],
+        parameters=(),
+        training=None,
+    )
+    recording.outputs = recording.run()
+    return recording
