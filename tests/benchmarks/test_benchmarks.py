@@ -96,7 +96,7 @@ def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
     cases = ["goals", "checkpoint", "host", "bits"]
     assert planner.main(["--device", "cpu", "--tiny", "--quick", "--out", str(tmp_path), "--cases", *cases]) == 0
     results = json.loads((tmp_path / "planner.json").read_text())
-    assert [row["mode"] for row in results["goals"]][0] == "max_slowdown=0.01, recompute=never"
+    assert results["goals"][0]["mode"] == "max_slowdown=0.01, recompute=never"
     assert all(row["planned"] for row in results["goals"])
     assert all(row["equal"] for row in results["bits"])
     assert len(results["checkpoint"]) == TINY.layers + 1

@@ -135,6 +135,7 @@ class Autoplan:
         self._known: dict[int, Recipe] = {}
         self._seen_running: dict[StateKey, str | None] = {}
         """Why each section must not be computed again, as a whole step of it has shown, or None where it may."""
+        self._backward_came = False
         self._seen_now: dict[StateKey, str | None] = {}
         """The same, as far as the step under way has shown it."""
         self.timeline: Timeline | None = None
@@ -189,6 +190,7 @@ class Autoplan:
             BudgetError: no plan keeps to the budget.
         """
         self._log = self._run = None
+        self._backward_came = False
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
         if _capturing(self._device):
@@ -217,6 +219,13 @@ class Autoplan:
         log, self._log = self._log, None
         run, self._run = self._run, None
         self._note_seen(log)
+        try:
+            self._end(log, run)
+        finally:
+            if run is not None:
+                run.close()
+
+    def _end(self, log: StepLog | None, run: Run | None) -> None:
         if log is not None:
             log.close()
             for section in log.sections:
@@ -235,7 +244,8 @@ class Autoplan:
         for section in log.sections if log is not None else ():
             if section.key is not None and section.not_recomputed is not None:
                 self._seen_now[section.key] = section.not_recomputed
-        self._seen_running.update(self._seen_now)
+        if self._backward_came:  # what a forward alone shows is half of it
+            self._seen_running.update(self._seen_now)
         self._seen_now.clear()
 
     def _take(self, log: StepLog) -> None:
@@ -494,6 +504,7 @@ class Autoplan:
 
     def visited(self, section: Section) -> None:
         """Backward has come to a section."""
+        self._backward_came = True
         if section.log is not None and self._log is not None:
             self._log.visited(section.log)
         if isinstance(section.orders, PlannedOrders) and self._run is not None:
