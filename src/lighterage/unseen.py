@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from torch._C._dynamo import eval_frame
+
+from .errors import OffloadError
 
 # torch.compiler.disable does the same at a microsecond a call, on the hottest path there is; and it imports the whole
 # of torch._dynamo, seconds of it, into programs that compile nothing.
@@ -42,17 +44,27 @@ def _skip(function: _Function, callees: eval_frame._FrameAction) -> _Function:
 class Unseen(AbstractContextManager[_Result]):
     """A context manager that is entered and left as plain Python; what its block does is compiled as ever."""
 
-    __slots__ = ("_context",)
+    __slots__ = ("_context", "_state", "_what")
 
-    def __init__(self, context: AbstractContextManager[_Result]) -> None:
+    def __init__(self, context: AbstractContextManager[_Result], what: str = "this context") -> None:
+        """`what` names it in errors."""
         self._context = context
+        self._what = what
+        self._state: Literal["new", "entered", "left"] = "new"
 
     @unseen
     def __enter__(self) -> _Result:
-        return self._context.__enter__()
+        if self._state != "new":
+            raise OffloadError(f"{self._what} was {self._state} already, and is entered once. Make another each time.")
+        entered = self._context.__enter__()
+        self._state = "entered"
+        return entered
 
     @unseen
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> bool | None:
+        if self._state != "entered":
+            raise OffloadError(f"{self._what} is left without having been entered. Write `with {self._what}: ...`.")
+        self._state = "left"
         return self._context.__exit__(kind, error, traceback)

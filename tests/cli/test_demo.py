@@ -12,6 +12,7 @@ from lighterage.cli import demo_run, demo_train, main
 from lighterage.cli.demo_config import DemoConfig
 from lighterage.cli.demo_measure import LiveBytes, SavedAllocations, StepClock, over_time
 from lighterage.cli.demo_model import Decoder
+from lighterage.cli.demo_plan import draw_planned_step
 from lighterage.cli.demo_moe import RECIPES
 from lighterage.cli.demo_text import batches, standard_library_text
 from lighterage.cli.demo_train import RunResult, digest, train
@@ -224,3 +225,12 @@ def test_demo_fails_when_nothing_is_freed(tmp_path, capsys):
     sizes = ["--model", "dense", "--hidden", "64", "--seq", "8", "--batch", "1", "--steps", "3"]
     assert main(["demo", "--quick", "--device", "cpu", *sizes, "--out", str(tmp_path)]) == 1
     assert "nothing was freed: the offloader moved no bytes" in capsys.readouterr().out
+
+
+def test_plot_trains_under_a_plan_and_draws_it(tmp_path):
+    losses = []
+    config = dataclasses.replace(DENSE, layers=4, plot=True, out=tmp_path)
+    planned = draw_planned_step(config, standard_library_text(4096), on_step=lambda _, loss: losses.append(loss))
+    assert planned is not None and planned.why
+    assert planned.figure.read_bytes().startswith(b"\x89PNG")
+    assert len(losses) >= 4

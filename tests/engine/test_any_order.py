@@ -422,6 +422,7 @@ def test_two_offloaders_within_each_other_give_the_same_bits(tier: str) -> None:
                 assert_nothing_left(offloader)
 
 
+@pytest.mark.filterwarnings("ignore:.*belongs to another offloader already:UserWarning")
 def test_two_offloaders_of_the_same_modules_give_the_same_bits() -> None:
     model = mlp_stack(3)
     expected = _expect(model, batch())
@@ -432,6 +433,7 @@ def test_two_offloaders_of_the_same_modules_give_the_same_bits() -> None:
         assert_nothing_left(two)
 
 
+@pytest.mark.filterwarnings("ignore:.*belongs to another offloader already:UserWarning")
 def test_offloaders_may_be_closed_in_any_order() -> None:
     model = mlp_stack(3)
     expected = _expect(model, batch())

@@ -119,6 +119,7 @@ def test_a_copy_made_between_forward_and_backward_disturbs_neither() -> None:
     compare(Model, given=identity, step=step, keep_last=0)
 
 
+@pytest.mark.filterwarnings("ignore:.*belongs to another offloader already:UserWarning")
 @every_copy
 def test_a_copy_under_two_offloaders_is_free_of_both(made: Copy) -> None:
     model = Model()
@@ -184,6 +185,7 @@ def test_names_and_state_dict_of_an_offloaded_model_are_as_before() -> None:
 # --- the same module under several hands --------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*belongs to another offloader already:UserWarning")
 @pytest.mark.parametrize("first_closed", [0, 1])
 @pytest.mark.parametrize("given", [(layers_of, layers_of), (layers_of, identity), (identity, identity)])
 def test_two_offloaders_of_one_model_close_in_either_order(

@@ -6,6 +6,7 @@ import errno
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,29 @@ def test_a_full_disk_is_told_in_forward_and_the_next_step_is_right(
         assert "of section '" in text and "stays on the device" in text and "float32" in text
     twins.check()
     assert twins.offloader.stats().bytes_out > 0
+    twins.end()
+
+
+@pytest.mark.parametrize("release_after", [0, 100])
+def test_what_could_not_be_written_is_not_counted_as_moved(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, release_after: int
+) -> None:
+    """Also where nothing ever waits for the copies, since backward comes first."""
+    twins = Twins(folder, release_after=release_after, keep_last=NUM_LAYERS - 1 if release_after == 0 else 0)
+    with monkeypatch.context() as patch:
+        refuse("pwrite", errno.ENOSPC, patch, lambda _: True)
+        if release_after == 0:
+            told(lambda: twins.forward(twins.model))
+        else:
+            loss = twins.forward(twins.model)
+            time.sleep(0.1)  # the copies are over, well or badly
+            twins.check(loss)
+            del loss
+    stats = twins.offloader.stats()
+    assert stats.bytes_out == stats.copies_out == stats.bytes_in == 0
+    kept = [reason for section in twins.offloader.report().sections for reason in section.kept]
+    assert "the transfer failed" in kept
+    twins.check()
     twins.end()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from lighterage import Policy
 from lighterage.engine.offloader import Offloader
+from lighterage.engine.traffic import TRY_AGAIN_STEPS
 from tests.engine.programs import (
     WIDTH,
     Layer,
@@ -317,6 +319,74 @@ def test_what_somebody_else_holds_is_reported_and_not_moved_again(tier: str) -> 
             assert stats.still_alive_bytes == 0
             assert sum(offloader.report().sections[0].kept.values()) == 2 * N
             assert any("held by somebody else" in reason for reason in offloader.report().sections[0].kept)
+
+
+def test_what_was_held_once_moves_again_after_some_steps() -> None:
+    hoard: list[Tensor] = []
+
+    def hoarding(x: Tensor) -> Tensor:
+        saved = x.detach().double()
+        if not moved:
+            hoard.append(saved)
+        return Save.apply(x, [], saved)
+
+    moved: list[int] = []
+    stack = Stack([Layer(hoarding), Layer(lambda x: Save.apply(x, [], x.detach().clone()))])
+    with offloaded(stack.layers) as offloader:
+        for step in range(TRY_AGAIN_STEPS + 2):
+            train(batch())(stack)
+            moved.append(offloader.stats().bytes_out)
+            if step == 0:
+                assert offloader.stats().still_alive_bytes == 2 * N
+            hoard.clear()
+        assert moved == [3 * N] + [N] * TRY_AGAIN_STEPS + [3 * N]
+        assert offloader.stats().still_alive_bytes == 0
+
+
+def test_what_is_held_for_good_is_tried_ever_more_rarely() -> None:
+    hoard: list[Tensor] = []
+
+    def hoarding(x: Tensor) -> Tensor:
+        saved = x.detach().double()
+        hoard.append(saved)
+        return Save.apply(x, [], saved)
+
+    stack = Stack([Layer(hoarding), Layer(lambda x: Save.apply(x, [], x.detach().clone()))])
+    with offloaded(stack.layers) as offloader:
+        tried = []
+        for step in range(7 * TRY_AGAIN_STEPS + 4):
+            train(batch())(stack)
+            if offloader.stats().still_alive_bytes:
+                tried.append(step)
+        gaps = [later - earlier - 1 for earlier, later in itertools.pairwise(tried)]
+        assert gaps == [TRY_AGAIN_STEPS, 2 * TRY_AGAIN_STEPS, 4 * TRY_AGAIN_STEPS]
+
+
+@both_tiers
+@pytest.mark.parametrize("look", ["unrelated gradient", "gradient through the section", "attribute of a node"])
+def test_a_look_at_what_was_saved_from_inside_the_section_is_not_backward(tier: str, look: str) -> None:
+    def curious(x: Tensor) -> Tensor:
+        saved = x.detach().clone()
+        refs.append(weak(saved))
+        y = Save.apply(x, [], saved).tanh()
+        if look == "unrelated gradient":
+            w = torch.ones(1, requires_grad=True)
+            torch.autograd.grad((w * w).sum(), w)
+        elif look == "gradient through the section":
+            torch.autograd.grad(y.sum(), x, retain_graph=True)
+        else:
+            assert y.grad_fn._saved_result.shape == W
+        return y
+
+    refs: list[StorageWeakRef] = []
+    stack = Stack([Layer(curious) for _ in range(4)])
+    x = batch().requires_grad_()
+    with offloaded(stack.layers, tier=tier, keep_last=1, release_after=0) as offloader:
+        y = stack(x)
+        assert wait_until(lambda: [ref.expired() for ref in refs] == [True] * 3 + [False])
+        y.sum().backward()
+        stats = offloader.stats()
+        assert stats.bytes_out == stats.bytes_in > 0
 
 
 def test_a_held_view_keeps_the_whole_allocation_and_is_reported() -> None:

@@ -226,3 +226,28 @@ def test_memory_of_a_capture_is_dropped_once_its_stream_waits_for_the_copy(
     driver.now = {}
     transport.tidy()
     assert not transport._buried
+
+
+def test_streams_of_a_capture_are_not_taken_for_those_of_other_work(
+    transport: HostTransport, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is claimed for two streams wherever two are in play: a capture before or after does not hide one."""
+    now = 1
+    monkeypatch.setattr(transport._streams, "key", lambda: now)
+    monkeypatch.setattr(transport._streams, "capturing", lambda: now in driver.now)
+    monkeypatch.setattr(transport._streams, "capture", lambda: transport._streams._captures.of(now))
+    transport.stream_key()
+    driver.now = {2: 5, 3: 5}
+    for now in (2, 3, 2):  # noqa: B007 the streams of the capture, which the transport is asked on in turn
+        transport.stream_key()
+    assert transport._several_streams
+    driver.now = {}
+    assert transport._keys == {1}
+    transport.stream_key()  # eager work on the last stream of the capture
+    assert transport._keys == {1, 2} and transport._several_streams
+    driver.now = {2: 6, 3: 6}
+    now = 3
+    transport.stream_key()
+    now = 2
+    transport.stream_key()
+    assert transport._several_streams

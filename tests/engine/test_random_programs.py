@@ -400,7 +400,6 @@ def test_no_block_is_used_again_before_its_last_copy(monkeypatch: pytest.MonkeyP
         witness.forget()
         moved += churn.offloader.stats(total=True).bytes_out
         refused += sum(churn.offloader.report().refusals.values())
-        if time.monotonic() > until:
+        if time.monotonic() > until and num_programs >= 1000:  # fewer would prove nothing
             break
-    assert num_programs >= 1000, "too few programs to prove anything"
     assert moved > 1000 * 2000 and refused > 0 and witness.num_reads > 1000, "blocks were not used often enough"

@@ -34,9 +34,9 @@ def test_in_a_step_as_the_last_one_every_byte_is_fetched_before_it_is_asked_for(
     asked: list[bool] = []
     load = Traffic.load
 
-    def watched(traffic: Traffic, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
+    def watched(traffic: Traffic, allocation: Allocation, spec: ViewSpec, in_backward: bool) -> torch.Tensor:
         asked.append(allocation.stage is Stage.AWAY)
-        return load(traffic, allocation, spec)
+        return load(traffic, allocation, spec, in_backward)
 
     monkeypatch.setattr(Traffic, "load", watched)
     for _ in range(3):

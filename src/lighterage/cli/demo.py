@@ -55,6 +55,9 @@ def add_parser(commands: Subparsers) -> None:
     parser.add_argument("--device", help="cpu, cuda or cuda:N (default: the GPU if there is one)")
     parser.add_argument("--tier", choices=["host", "disk"], help="where it rests (default: disk for cpu, else host)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder of the results (default: demo-out)")
+    parser.add_argument(
+        "--plot", action="store_true", help="train once more under a plan of the library's own, and draw the step"
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes: seconds instead of minutes")
     parser.set_defaults(run=run)
 

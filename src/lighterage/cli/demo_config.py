@@ -54,6 +54,9 @@ class DemoConfig:
     tier: Literal["host", "disk"] | None = None
     """Where what is moved rests; None lets the library choose."""
 
+    plot: bool = False
+    """Whether to train once more under a plan that the library makes, and to draw the step."""
+
     out: Path = Path("demo-out")
     """Folder that the figure and the JSON go to."""
 

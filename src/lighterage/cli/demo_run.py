@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from lighterage.cli.demo_config import PRESETS, DemoConfig
+from lighterage.cli.demo_plan import MOST_STEPS, draw_planned_step
 from lighterage.cli.demo_plot import draw
 from lighterage.cli.demo_text import standard_library_text
 from lighterage.cli.demo_train import RunResult, reproducible, train
@@ -49,6 +50,7 @@ def choose(args: argparse.Namespace) -> DemoConfig:
         "keep_last",
         "seed",
         "tier",
+        "plot",
         "out",
     )
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
@@ -84,6 +86,8 @@ def run(config: DemoConfig) -> int:
     console.print()
     console.print(_table(plain, moved, differences))
     console.print(f"Activation bytes over time: {figure}", highlight=False, soft_wrap=True)
+    if config.plot:
+        _plot(config, text, console)
     failures = [*differences, *_not_freed(plain, moved), *_too_many_copies(plain, moved)]
     for failure in failures:
         console.print(f"FAILED: {failure}", style="bold red", markup=False, highlight=False, soft_wrap=True)
@@ -91,6 +95,16 @@ def run(config: DemoConfig) -> int:
         saved = 1 - moved.peak_bytes / plain.peak_bytes
         console.print(f"Same bits, {saved:.0%} less activation memory at the peak.", style="bold green")
     return 1 if failures else 0
+
+
+def _plot(config: DemoConfig, text: torch.Tensor, console: Console) -> None:
+    with _progress(console, "planned", MOST_STEPS) as on_step:
+        planned = draw_planned_step(config, text, on_step=on_step)
+    if planned is None:
+        console.print(f"No plan was made within {MOST_STEPS} steps: they took too different times.", highlight=False)
+        return
+    console.print(planned.why, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"The step as planned: {planned.figure}", highlight=False, soft_wrap=True)
 
 
 def compare(plain: RunResult, moved: RunResult) -> list[str]:

@@ -65,7 +65,7 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
     """Train `config.steps` steps from `config.seed`, and call `on_step(step, loss)` after each."""
     device = torch.device(config.device)
     torch.manual_seed(config.seed)
-    model = _make(config).to(device, _dtype(config))
+    model = make_model(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     moving = list(model.layers)[: config.layers - config.keep_last]
     saved = SavedAllocations(model, moving, lighterage.Policy.min_bytes)
@@ -129,6 +129,11 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
         stats=stats,
         report=report,
     )
+
+
+def make_model(config: DemoConfig) -> Decoder | MoEDecoder:
+    """The model of `config`, on its device and in its dtype."""
+    return _make(config).to(torch.device(config.device), _dtype(config))
 
 
 def _make(config: DemoConfig) -> Decoder | MoEDecoder:

@@ -44,10 +44,13 @@ class Accelerator:
 
     def stream_key(self) -> int:
         key = self._streams.key()
-        if key != self._last_key:
-            self._last_key = key
+        if self._streams.capturing():
             capture = self._streams.capture()
-            (self._keys if capture is None else capture.streams).add(key)
+            if capture is not None:
+                capture.streams.add(key)
+        elif key != self._last_key:
+            self._last_key = key
+            self._keys.add(key)
         return key
 
     def capture(self) -> int:

@@ -254,6 +254,16 @@ class Allocation:
         return bool(self._pieces)
 
     @property
+    def out(self) -> list[Span]:
+        """The ranges of it that were copied out."""
+        return [(lo, hi) for lo, hi, _ in self._pieces]
+
+    @property
+    def left(self) -> Fence | None:
+        """After this they have been, or it has failed. None: nothing was copied out."""
+        return self._left if self._pieces else None
+
+    @property
     def leaving(self) -> Fence | None:
         """After this the device memory may go. None: there is nothing to let go of, or not yet."""
         if self.stage is _HELD and self.kept is None and not self.pending and not self.wanted:

@@ -88,7 +88,7 @@ class Offloaded:
             raise changed_in_place(kind, self._spec.size, self._version, now, section.name)
         if not section.visited:
             section.visit()
-        return self._traffic.load(self._allocation, self._spec)
+        return self._traffic.load(self._allocation, self._spec, section.visited)
 
 
 class OffloadedWrapper:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -20,6 +21,9 @@ from ..unseen import see_through, unseen
 # So the instance gets a subclass of its own class, as fully_shard and parametrize do, whose __call__ wraps the scope in
 # try/finally. The name, the state dict, isinstance and all hooks are as before; copies and pickles name the original
 # class, and are free of the scope.
+
+# Whoever writes on a module's class (`type(self).calls += 1`) means the class that was written down; so the swapped one
+# hands such writes on. `__init_subclass__` of the original runs once for each attached module.
 
 # Note [What torch.compile sees of a scope]
 # The frame of the new __call__ is skipped, and so is all that opens and closes the scope; what the module itself does
@@ -47,13 +51,20 @@ class Attachment:
             )
         self._module = weakref.ref(module)
         self._scope: Scope | None = scope
-        self._class = _subclass(type(module), self)
+        if any(a._scope is not None for kind in type(module).__mro__ if (a := _attachment_of(kind)) is not None):
+            warnings.warn(
+                f"this {type(module).__name__} belongs to another offloader already. That one, being inside, gets what "
+                "the module saves, and this one nothing, until the other is closed. Close one of them.",
+                stacklevel=5,
+            )
         try:
+            self._class = _subclass(type(module), self)
             module.__class__ = self._class
-        except TypeError as error:
+        except Exception as error:
             raise TypeError(
-                f"the calls of a {type(module).__name__} cannot be wrapped, since its class has a layout of its own "
-                f"({error}). Wrap the code that calls it in `with offloader.section(name):` instead."
+                f"the calls of a {type(module).__name__} cannot be wrapped, since its class does not let itself be "
+                f"replaced by a subclass ({type(error).__name__}: {error}). Wrap the code that calls it in "
+                "`with offloader.section(name):` instead."
             ) from error
 
     @property
@@ -86,6 +97,44 @@ class Attachment:
             if attachment is None or attachment._scope is not None:
                 return
             module.__class__ = type(module).__mro__[1]
+
+
+def _attachment_of(kind: type) -> Attachment | None:
+    return vars(kind).get("_lighterage_attachment")
+
+
+class _Transparent(type):
+    """The metaclass of a swapped class: what is written on it goes to the class that the module's author knows.
+
+    Classes derived from it since, as parametrizations do, are none of its business.
+    """
+
+    def __setattr__(cls, name: str, value: object) -> None:
+        if _attachment_of(cls) is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(cls.__mro__[1], name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if _attachment_of(cls) is not None:
+            raise TypeError(
+                f"{name!r} cannot be taken from the class of a {cls.__name__} while an offloader is attached to it. "
+                "Close the offloader, change the layer (remove its parametrization, say), and call lighterage.offload "
+                "again."
+            )
+        super().__delattr__(name)
+
+
+_METACLASSES: dict[type, type] = {type: _Transparent}
+
+
+def _transparent(metaclass: type) -> type:
+    """`_Transparent` for classes whose own metaclass is `metaclass`."""
+    if issubclass(metaclass, _Transparent):  # that of another offloader's class
+        return metaclass
+    if metaclass not in _METACLASSES:
+        _METACLASSES[metaclass] = type("_Transparent", (_Transparent, metaclass), {})
+    return _METACLASSES[metaclass]
 
 
 def class_of(module: nn.Module | None) -> type | None:
@@ -126,7 +175,7 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
             make, arguments = functools.partial(make, *arguments), ()
         return (make, arguments, *state)
 
-    return type(
+    swapped: type[nn.Module] = _transparent(type(base))(
         base.__name__,
         (base,),
         {
@@ -138,3 +187,4 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
             "_lighterage_attachment": attachment,
         },
     )
+    return swapped

@@ -6,8 +6,9 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
+from ..errors import OffloadError
 from . import spans
-from .lanes import Wait
+from .lanes import Fence, Wait
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,10 @@ class OffloadStats:
     host_bytes_peak: int = 0
     host_bytes_reserved: int = 0
     """Host memory held for bytes at rest, in use or not."""
+
+
+TRANSFER_FAILED = "the transfer failed"
+"""The reason for which something stays whose copy out did not succeed."""
 
 
 class Row:
@@ -94,6 +99,17 @@ class Step:
         self.kept: dict[int, Sequence[spans.Span]] = {}
         """What was counted as kept, by storage."""
         self._waits: list[tuple[Row, Wait]] = []
+        self._unproven: list[tuple[Row, Fence, int, int]] = []
+
+    def note_unproven(self, row: Row, fence: Fence, nbytes: int, num_copies: int) -> None:
+        """Copies out that nothing has waited for: backward found the bytes on the device still."""
+        self._unproven.append((row, fence, nbytes, num_copies))
+
+    def note_failed(self, row: Row, nbytes: int, num_copies: int) -> None:
+        """Copies out that were counted when they started, and have failed."""
+        row.bytes_out -= nbytes
+        row.copies_out -= num_copies
+        row.kept[TRANSFER_FAILED] = row.kept.get(TRANSFER_FAILED, 0) + nbytes
 
     def note_kept(self, row: Row, key: int, lo: int, hi: int, reason: str) -> None:
         """Count a kept range, but for what another save of this step kept of it."""
@@ -126,6 +142,16 @@ class Step:
             elif ms > 0.0:
                 row.late_reloads += 1
                 row.late_ms += ms
+        unproven, self._unproven = self._unproven, []
+        for entry in unproven:
+            row, fence, nbytes, num_copies = entry
+            if not fence.done():
+                self._unproven.append(entry)
+                continue
+            try:
+                fence.wait()
+            except OffloadError:
+                self.note_failed(row, nbytes, num_copies)
 
     def stats(self) -> OffloadStats:
         self.settle()

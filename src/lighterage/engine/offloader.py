@@ -249,7 +249,7 @@ class Offloader:
             raise ValueError(f'plan is "policy", "manual" or "keep"; got {plan!r}.')
         if self._closed:
             raise OffloadError(f"section({name!r}) came after close(). Make a new offloader with lighterage.offload.")
-        return Unseen(self._scope(name, None, plan))
+        return Unseen(self._scope(name, None, plan), f"offloader.section({name!r})")
 
     # --- sections -------------------------------------------------------------------------------------------------
 
@@ -373,10 +373,11 @@ class Offloader:
     def visit(self, section: Section) -> None:
         """Backward has come to `section`: bring back what it saved, and start on what comes next."""
         with self._lock:
-            if section.visited or section.index is None:
-                return
+            if section.visited or section.index is None or section.open:
+                return  # what forward itself looks at, or differentiates, inside the section, is no visit of backward
             section.visited = True
             self._drop_buried()
+            self._traffic.note_unproven(section)
             self._order.visited(section.index)
             if self._auto is not None:
                 self._auto.visited(section)
@@ -489,6 +490,7 @@ class Offloader:
         self._order.finish_step()
         self._unreleased.clear()
         self._packer.forget_dead()
+        self._traffic.still_alive.finish_step()
         if self._named:
             names = [*(name for name, _ in self._modules.sections), *self._named]
             self._kept_names = frozenset(names[max(0, len(names) - self._policy.keep_last) :])

@@ -13,7 +13,7 @@ from ..errors import OffloadError
 from ..marks import Mark, any_marks, mark_of
 from .allocation import Allocation, SavedAt, Stage, Unused
 from .lanes import Source, Transport, Wait
-from .ledger import Ledger
+from .ledger import TRANSFER_FAILED, Ledger
 from .sections import Section
 from .views import ViewSpec
 
@@ -22,19 +22,38 @@ GATHER_BYTES = 4 << 20
 # The window is filled up again once so much of it has been used: several copies then share a pair of events.
 REFILL_AT = 0.75
 
+# So many steps after something was found to be held by somebody else, it is moved again.
+TRY_AGAIN_STEPS = 16
+
 # Reading a member of an enum costs as much as calling a function.
 _HELD, _AWAY, _BACK = Stage.HELD, Stage.AWAY, Stage.BACK
 
 
 class StillAlive:
-    """Saves whose memory was found to be held by somebody else after it was let go of: moving it frees nothing."""
+    """Saves whose memory was found to be held by somebody else after it was let go of: moving it frees nothing.
+
+    They stay, and are tried again after some steps: whoever held them may have let go. If not, after twice as many.
+    """
 
     def __init__(self) -> None:
         self.saves: set[SavedAt] = set()
+        """What is not to be moved now."""
+        self._until: dict[SavedAt, tuple[int, int]] = {}  # steps left, and how many there were
 
     def add(self, allocation: Allocation) -> None:
         for saved in allocation.saved_at:
-            self.saves.add(saved)
+            if saved not in self.saves:
+                steps = 2 * self._until.get(saved, (0, TRY_AGAIN_STEPS // 2))[1]
+                self.saves.add(saved)
+                self._until[saved] = (steps + 1, steps)  # this one, and so many more
+
+    def finish_step(self) -> None:
+        """One step less to wait."""
+        for saved in list(self.saves):
+            left, steps = self._until[saved]
+            self._until[saved] = (left - 1, steps)
+            if left <= 1:
+                self.saves.discard(saved)
 
 
 class Traffic:
@@ -202,7 +221,9 @@ class Traffic:
                     if wait is not None and self.on_wait is not None:
                         self.on_wait(wait)
                 except OffloadError as error:
-                    self._stays(allocation, "the transfer failed")
+                    copies = [hi - lo for lo, hi in allocation.out]
+                    self._ledger.step.note_failed(allocation.row, sum(copies), len(copies))
+                    allocation.keep(TRANSFER_FAILED)
                     failure = failure or OffloadError(
                         f"{allocation.label} of section {section.name!r} could not be moved and stays on the device: "
                         f"{error}"
@@ -215,6 +236,14 @@ class Traffic:
                 raise failure
             finally:
                 failure = None  # its traceback holds this frame, and with it the section and its memory
+
+    def note_unproven(self, section: Section) -> None:
+        """Backward has come to `section`: have an eye on copies of it that no release has waited for."""
+        for allocation in section.live_allocations():
+            left = allocation.left
+            if allocation.stage is _HELD and left is not None and allocation.row is section.row:
+                copies = [hi - lo for lo, hi in allocation.out]
+                self._ledger.step.note_unproven(allocation.row, left, sum(copies), len(copies))
 
     # --- back -----------------------------------------------------------------------------------------------------
 
@@ -291,8 +320,11 @@ class Traffic:
                 for resting, _ in batch:
                     row.bytes_in += resting.nbytes
 
-    def load(self, allocation: Allocation, spec: ViewSpec) -> torch.Tensor:
-        """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next."""
+    def load(self, allocation: Allocation, spec: ViewSpec, in_backward: bool = True) -> torch.Tensor:
+        """The saved tensor that `spec` describes, on the device, usable by what the calling thread issues next.
+
+        Where it is backward that asks, what is still on the device then stays there.
+        """
         # What is back stays back, but for captures: without the lock this may be seen too late, but not too early.
         context = allocation.context()
         if allocation.stage is not _BACK or allocation.unused is not None or allocation.back_in != context:
@@ -302,7 +334,7 @@ class Traffic:
                 if allocation.stage is _AWAY:
                     self._bring_back([allocation])
                 elif allocation.stage is _HELD:
-                    allocation.wanted = True
+                    allocation.wanted = allocation.wanted or in_backward
                     allocation.join()
                 unused, allocation.unused = allocation.unused, None
                 if unused is not None and unused.use(id(allocation)) and self._queue:
