@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import decoder, decoder_report, overhead
+from benchmarks import decoder, decoder_report, overhead, planner
 from benchmarks.decoder_cases import overlap
 from benchmarks.decoder_model import CheckpointedDecoder, build, inputs, twin
 from benchmarks.decoder_modes import parse_policy
@@ -90,3 +90,15 @@ def test_the_overhead_benchmark_runs_to_the_end(tmp_path, monkeypatch):
     finally:
         torch.set_num_threads(threads)
     assert "save_on_cpu" in (tmp_path / "overhead.md").read_text()
+
+
+def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
+    cases = ["goals", "checkpoint", "host", "bits"]
+    assert planner.main(["--device", "cpu", "--tiny", "--quick", "--out", str(tmp_path), "--cases", *cases]) == 0
+    results = json.loads((tmp_path / "planner.json").read_text())
+    assert results["goals"][0]["mode"] == "max_slowdown=0.01, recompute=never"
+    assert all(row["planned"] for row in results["goals"])
+    assert all(row["equal"] for row in results["bits"])
+    assert len(results["checkpoint"]) == TINY.layers + 1
+    assert "peak ≤ 12.1 GiB" in capsys.readouterr().out
+    assert (tmp_path / "timeline-0.json").exists()

@@ -497,10 +497,11 @@ def test_fifty_planned_steps_hold_what_two_held(link: list[Link]) -> None:
         assert offloader.stats().bytes_out > 0
 
 
-def test_rules_name_modules_inside_sections(link: list[Link]) -> None:
+@pytest.mark.parametrize("recompute", ["auto", "never"])
+def test_rules_name_modules_inside_sections(link: list[Link], recompute: str) -> None:
     _, model = pair()
     rules = [("Layer.1.down", "offload"), ("*", "keep")]
-    with offload(model, max_slowdown=5.0, rules=rules) as offloader:
+    with offload(model, max_slowdown=5.0, rules=rules, recompute=recompute) as offloader:
         train(model, rows(), STEPS_TO_PLAN + 2)
         plan, timeline = offloader.plan, offloader.timeline
     assert plan is not None

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import collections
 import contextlib
-import dataclasses
 import enum
-import functools
 import statistics
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..planner.choose import plan as make_plan
-from ..planner.goal import Goal
 from ..planner.plan import Plan, SectionPlan
 from ..planner.prediction import Prediction
-from ..planner.simulate import simulate
 from ..planner.timeline import Link, Timeline
-from .agree import agreed
 from .clock import Gauge, clock_of
 from .hooks import class_of
 from .lanes import Wait
-from .measure import MEASURED, READ_TWICE, SectionLog, StateKey, StepLog
+from .measure import MEASURED, SectionLog, StepLog
 from .orders import Course, Orders, PlannedOrders, Run
-from .policy import DEFAULT_SLOWDOWN, Policy
-from .recompute import ModuleWatch, ProductTeller, SectionCall, StateWatch, why_never
+from .planning import Planning, goal_of
+from .policy import Policy
+from .recompute import SectionCall, why_never
+from .repeatable import Repeatable
 from .sections import Section
 from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
 from .traffic import Traffic
@@ -43,8 +38,6 @@ SLOWER, SLOW_CHECKS = 1.25, 4
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
 TRIALS_OF_A_KIND = 3
-# Plans are made for a link that is slower than measured: what comes late costs more than room to spare.
-LINK_CAUTION = 0.93
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that selective recomputation is taken to cost."""
 
@@ -60,34 +53,6 @@ class Stage(enum.Enum):
     PLANNING = "planning"
     """The plan is being made beside the steps."""
     PLANNED = "planned"
-
-
-class _Planning:
-    """One plan in the making."""
-
-    def __init__(self, timeline: Timeline, link: Link, goal: Goal, *, agree: bool) -> None:
-        self.timeline = timeline
-        self._link = link
-        self._goal = goal
-        self._agree = agree
-        self.done = threading.Event()
-        self.plan: Plan | None = None
-        self.prediction: Prediction | None = None
-        self.error: Exception | None = None
-        self.ms = 0.0
-        self.num_ranks = 1
-
-    def run(self) -> None:
-        try:
-            if self._agree:
-                self.timeline, self.num_ranks = agreed(self.timeline)
-            start = time.perf_counter()
-            self.plan = make_plan(self.timeline, self._link, self._goal)
-            self.prediction = simulate(self.timeline, self.plan, self._link)
-            self.ms = (time.perf_counter() - start) * 1e3
-        except Exception as error:  # it belongs to whoever begins the next step
-            self.error = error
-        self.done.set()
 
 
 class Autoplan:
@@ -123,7 +88,7 @@ class Autoplan:
         self._course: Course | None = None
         self._given = False
         self._link: Link | None = None
-        self._job: _Planning | None = None
+        self._job: Planning | None = None
         self._most_bytes = 0
         self._restarts = 0
         self._limit: int | None = None
@@ -133,10 +98,7 @@ class Autoplan:
         self._num_plans = 0
         self._check: StepLog | None = None
         self._known: dict[int, Recipe] = {}
-        self._seen_running: dict[StateKey, str | None] = {}
-        """Why each section must not be computed again, as a whole step of it has shown, or None where it may."""
-        self._seen_now: dict[StateKey, str | None] = {}
-        """The same, as far as the step under way has shown it."""
+        self._repeatable = Repeatable()
         self.timeline: Timeline | None = None
         self.prediction: Prediction | None = None
         self.measured_ms: float | None = None
@@ -189,11 +151,11 @@ class Autoplan:
             BudgetError: no plan keeps to the budget.
         """
         self._log = self._run = None
+        self._repeatable.step_begins()
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
         if _capturing(self._device):
-            self._run = None if self._course is None else Run(self._course)
-            return
+            return  # what is captured does not run, so that it takes no time: it is none of the steps
         self._look()
         if self._stage is Stage.PLANNED:
             assert self._course is not None
@@ -217,7 +179,14 @@ class Autoplan:
         """What the step saved is gone."""
         log, self._log = self._log, None
         run, self._run = self._run, None
-        self._note_seen(log)
+        self._repeatable.step_ended(log)
+        try:
+            self._end(log, run)
+        finally:
+            if run is not None:
+                run.close()
+
+    def _end(self, log: StepLog | None, run: Run | None) -> None:
         if log is not None:
             log.close()
             for section in log.sections:
@@ -231,13 +200,6 @@ class Autoplan:
                 self._watch_drift(run)
         elif log is not None:
             self._take(log)
-
-    def _note_seen(self, log: StepLog | None) -> None:
-        for section in log.sections if log is not None else ():
-            if section.key is not None and section.not_recomputed is not None:
-                self._seen_now[section.key] = section.not_recomputed
-        self._seen_running.update(self._seen_now)
-        self._seen_now.clear()
 
     def _take(self, log: StepLog) -> None:
         if self._stage is Stage.SIZING:
@@ -320,19 +282,12 @@ class Autoplan:
 
     def _make(self) -> None:
         """Begin to make a plan: at once on the CPU, whose steps are the host's; beside the steps elsewhere."""
-        policy = self._policy
         self._recipes()
-        budget = policy.device_budget_bytes
-        slowdown = DEFAULT_SLOWDOWN if budget is None and policy.max_slowdown is None else policy.max_slowdown
-        goal = Goal(
-            device_budget=budget,
-            max_slowdown=slowdown,
-            recompute=policy.recompute,
-            rules=tuple(tuple(rule) for rule in policy.rules),  # type: ignore[misc]
-        )
         if self._link is None:
             self._link = self._measure_link()
-        self._job = _Planning(self._read(self._selective_ms()), _cautious(self._link), goal, agree=self._num_plans == 0)
+        self._job = Planning(
+            self._read(self._selective_ms()), self._link, goal_of(self._policy), agree=self._num_plans == 0
+        )
         self._stage = Stage.PLANNING
         self._first, self._timed, self._trial = None, [], None
         if self._device.type == "cpu":
@@ -340,7 +295,7 @@ class Autoplan:
         else:
             threading.Thread(target=self._job.run, name="lighterage-plan", daemon=True).start()
 
-    def _adopt(self, job: _Planning) -> None:
+    def _adopt(self, job: Planning) -> None:
         """Carry out, from this step on, what was planned.
 
         Raises:
@@ -397,6 +352,10 @@ class Autoplan:
 
     def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
         """A section begins: gives it its orders. The context is for its forward."""
+        if _capturing(self._device):
+            self.abandoned()
+            self._run = None
+            return contextlib.nullcontext()
         log, run = self._log, self._run
         if section.by_hand or section.keep_reason is not None:
             pass
@@ -410,51 +369,25 @@ class Autoplan:
         elif self._may_keep():
             section.orders = Orders(MEASURED)
         around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        module = self._module_of(section.name)
         if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
-            around = self._check_again(section, section.orders, call)
+            around = self._repeatable.check(section.orders, section.name, module, call)
         if log is None:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
-        if not log.detailed or self._stage is not Stage.SIZING or section.gap:
+        if self._stage is not Stage.SIZING or section.gap:
             return around
-        inputs = [] if call is None else call.tensors
-        for position, tensor in enumerate(inputs):
+        one.kind = class_of(module)
+        one.not_recomputed = 'recompute="never"' if self._policy.recompute == "never" else why_never(module, call)
+        if module is None or call is None:
+            return around
+        for position, tensor in enumerate(call.tensors):
             if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
                 one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
-        module = self._module_of(section.name)
-        one.kind = class_of(module)
-        key = one.key = _state_key(section.name, module)
-        if self._policy.recompute == "never":
-            one.not_recomputed = 'recompute="never"'
-        else:
-            one.not_recomputed = why_never(module, call)
-            self._seen_running.pop(key, None)
-        if one.not_recomputed is not None or module is None:
-            return contextlib.nullcontext()
-        told = contextlib.ExitStack()
-        told.enter_context(_Watched(StateWatch(module, inputs), one, self._seen_now, key))
-        if self._policy.rules:
-            told.enter_context(ModuleWatch(module, one))
-        told.enter_context(ProductTeller(one, lambda: section.row.saves))
-        return told
-
-    def _check_again(
-        self, section: Section, orders: PlannedOrders, call: SectionCall | None
-    ) -> contextlib.AbstractContextManager[object]:
-        """Let a section be computed again only if that was seen to change nothing; where it was not, see now."""
-        module = self._module_of(section.name)
-        if module is None or call is None or why_never(module, call) is not None:
-            orders.mode = "save"
-            return contextlib.nullcontext()
-        key = _state_key(section.name, module)
-        if key in self._seen_running:
-            if self._seen_running[key] is not None:
-                orders.mode = "save"
-            return contextlib.nullcontext()
-        orders.mode = "save"
-        orders.read_twice = functools.partial(self._seen_now.__setitem__, key, READ_TWICE)
-        return _Watched(StateWatch(module, call.tensors), None, self._seen_now, key)
+        return self._repeatable.told(
+            one, module, call, lambda: section.row.saves, with_modules=bool(self._policy.rules) and not call.compiled
+        )
 
     @property
     def detailed_log(self) -> StepLog | None:
@@ -491,6 +424,7 @@ class Autoplan:
 
     def visited(self, section: Section) -> None:
         """Backward has come to a section."""
+        self._repeatable.backward_came = True
         if section.log is not None and self._log is not None:
             self._log.visited(section.log)
         if isinstance(section.orders, PlannedOrders) and self._run is not None:
@@ -537,37 +471,6 @@ class Autoplan:
             return False
         room, total = self._gauge.room(), self._gauge.total()
         return room is None or total is None or room > need + total // 20
-
-
-def _state_key(name: str, module: nn.Module | None) -> StateKey:
-    return name, () if module is None else tuple(part.training for part in module.modules())
-
-
-class _Watched(contextlib.AbstractContextManager[None]):
-    """Around a forward: notes what it changes."""
-
-    def __init__(
-        self, watch: StateWatch, log: SectionLog | None, seen: dict[StateKey, str | None], key: StateKey
-    ) -> None:
-        self._watch = watch
-        self._log = log
-        self._seen = seen
-        self._key = key
-
-    def __exit__(self, *error: object) -> None:
-        change = self._seen[self._key] = self._watch.change()
-        if self._log is not None:
-            self._log.not_recomputed = self._log.not_recomputed or change
-
-
-def _cautious(link: Link) -> Link:
-    """A link as slow as it may be in a moment that was not measured."""
-    return dataclasses.replace(
-        link,
-        out_bytes_per_s=LINK_CAUTION * link.out_bytes_per_s,
-        in_bytes_per_s=LINK_CAUTION * link.in_bytes_per_s,
-        both_bytes_per_s=LINK_CAUTION * link.both_bytes_per_s,
-    )
 
 
 def _spread(indices: list[int], num: int) -> list[int]:

@@ -159,6 +159,10 @@ class Run:
         """A section that was opened has saved nothing, so that it is none of the step."""
         self._seen[section.name] -= 1
 
+    def close(self) -> None:
+        """The step is over: let go of what its sections were told, which knows this run."""
+        self._orders.clear()
+
     @property
     def missing(self) -> int:
         """Sections of the plan that have not run."""

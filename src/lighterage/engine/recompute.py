@@ -115,11 +115,11 @@ class StateWatch:
     def __init__(self, module: nn.Module, inputs: list[torch.Tensor]) -> None:
         self._module = module
         self._before = _state(module)
-        self._inputs = [(tensor, tensor._version) for tensor in inputs]
+        self._inputs = [(tensor, _version_of(tensor)) for tensor in inputs]
 
     def change(self) -> str | None:
         """What has changed, or None."""
-        if any(tensor._version != version for tensor, version in self._inputs):
+        if any(_version_of(tensor) != version for tensor, version in self._inputs):
             return "its forward changes its input in place"
         after = _state(self._module)
         if after.keys() != self._before.keys():
@@ -131,17 +131,21 @@ class StateWatch:
         return None
 
 
+def _version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version  # what inference mode made counts nothing
+
+
 def _state(module: nn.Module) -> dict[tuple[int, str], tuple[object, int | None, int | None]]:
     state: dict[tuple[int, str], tuple[object, int | None, int | None]] = {}
     for part in module.modules():
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                state[(id(part), f"the buffer {name}")] = (buffer, buffer._version, None)
+                state[(id(part), f"the buffer {name}")] = (buffer, _version_of(buffer), None)
         for name, value in vars(part).items():
             if name in ("_buffers", "_parameters", "_modules") or isinstance(value, types.MethodType):
                 continue
             size = len(value) if isinstance(value, list | dict | set) else None
-            version = value._version if isinstance(value, torch.Tensor) else None
+            version = _version_of(value) if isinstance(value, torch.Tensor) else None
             state[(id(part), f"the attribute {name}")] = (value, version, size)
     return state
 

@@ -1,0 +1,71 @@
+"""Makes one plan from what was measured, beside the steps that go on meanwhile."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+from ..planner.choose import plan as make_plan
+from ..planner.goal import Goal
+from ..planner.plan import Plan
+from ..planner.prediction import Prediction
+from ..planner.simulate import simulate
+from ..planner.timeline import Link, Timeline
+from .agree import agreed
+from .policy import DEFAULT_SLOWDOWN, Policy
+
+# Plans are made for a link that is slower than measured: what comes late costs more than room to spare.
+LINK_CAUTION = 0.93
+
+
+def goal_of(policy: Policy) -> Goal:
+    """What a plan under `policy` is to reach."""
+    budget = policy.device_budget_bytes
+    slowdown = DEFAULT_SLOWDOWN if budget is None and policy.max_slowdown is None else policy.max_slowdown
+    return Goal(
+        device_budget=budget,
+        max_slowdown=slowdown,
+        recompute=policy.recompute,
+        rules=tuple(tuple(rule) for rule in policy.rules),  # type: ignore[misc]
+    )
+
+
+class Planning:
+    """One plan in the making."""
+
+    def __init__(self, timeline: Timeline, link: Link, goal: Goal, *, agree: bool) -> None:
+        """`agree`: whether the ranks of the job plan together."""
+        self.timeline = timeline
+        self._link = _cautious(link)
+        self._goal = goal
+        self._agree = agree
+        self.done = threading.Event()
+        self.plan: Plan | None = None
+        self.prediction: Prediction | None = None
+        self.error: Exception | None = None
+        self.ms = 0.0
+        self.num_ranks = 1
+
+    def run(self) -> None:
+        """Make it; `done` is set whatever comes of it."""
+        try:
+            if self._agree:
+                self.timeline, self.num_ranks = agreed(self.timeline)
+            start = time.perf_counter()
+            self.plan = make_plan(self.timeline, self._link, self._goal)
+            self.prediction = simulate(self.timeline, self.plan, self._link)
+            self.ms = (time.perf_counter() - start) * 1e3
+        except Exception as error:  # it belongs to whoever begins the next step
+            self.error = error
+        self.done.set()
+
+
+def _cautious(link: Link) -> Link:
+    """A link as slow as it may be in a moment that was not measured."""
+    return dataclasses.replace(
+        link,
+        out_bytes_per_s=LINK_CAUTION * link.out_bytes_per_s,
+        in_bytes_per_s=LINK_CAUTION * link.in_bytes_per_s,
+        both_bytes_per_s=LINK_CAUTION * link.both_bytes_per_s,
+    )

@@ -1,0 +1,172 @@
+"""Plans on a GPU: the same bits, the peak that was asked for, and steps that never wait on the host."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import lighterage
+from lighterage.errors import BudgetError
+from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
+
+pytestmark = pytest.mark.gpu
+
+WIDTH, ROWS, LAYERS = 1024, 16384, 6
+
+
+class Layer(nn.Module):
+    """Attention over short sequences, a gated feed-forward, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.up = nn.Linear(WIDTH, 8 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).view(-1, 512, 3, 16, WIDTH // 16).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + F.dropout(self.out(y.transpose(1, 2).reshape(x.shape)), 0.1)
+        gate, up = self.up(x).chunk(2, dim=-1)
+        return x + F.dropout(self.down(F.silu(gate) * up), 0.1)
+
+
+def pair() -> tuple[nn.Sequential, nn.Sequential]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Layer() for _ in range(LAYERS)]).to("cuda", torch.bfloat16)
+    return model, copy.deepcopy(model)
+
+
+def step(model: nn.Module, seed: int) -> tuple[list[Tensor], int]:
+    """The loss and all gradients of a seeded step, and its peak."""
+    model.zero_grad(set_to_none=True)
+    x = torch.randn(ROWS, WIDTH, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).bfloat16()
+    torch.manual_seed(seed)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    loss = model(x).float().square().mean()
+    loss.backward()
+    peak = torch.cuda.max_memory_allocated()
+    return [loss.detach(), *[p.grad.clone() for p in model.parameters() if p.grad is not None]], peak
+
+
+@contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def until_planned(model: nn.Module, offloader: lighterage.Offloader) -> None:
+    for number in range(60):
+        if offloader.plan is not None:
+            return
+        step(model, number)
+        time.sleep(0.05)  # the plan is made beside the steps
+    raise AssertionError("no plan was made in 60 steps")
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("recompute", ["never", "auto"])
+def test_a_budget_is_kept_to_with_the_same_bits(recompute: Any) -> None:
+    with deterministic():
+        plain, model = pair()
+        step(plain, 0)
+        expected, before = step(plain, 1)
+        again, _ = step(plain, 1)
+        assert same(expected, again), "the model itself does not repeat"
+        plain.zero_grad(set_to_none=True)
+        del again
+        before += sum(t.nbytes for t in expected)  # they are held from now on
+        with lighterage.offload(model, device_budget=10**15, recompute="never") as offloader:
+            until_planned(model, offloader)
+            timeline = offloader.timeline
+        assert timeline is not None
+        saved = sum(a.held_bytes for s in timeline.sections for a in s.allocations)
+        budget = before - saved // 3
+        with lighterage.offload(model, device_budget=budget, recompute=recompute) as offloader:
+            until_planned(model, offloader)
+            peaks = []
+            for _ in range(6):
+                got, peak = step(model, 1)
+                peaks.append(peak)
+                assert same(expected, got)
+                del got
+            stats, report = offloader.stats(), offloader.report()
+        assert stats.bytes_out > 0 or recompute == "auto"
+        assert report.predicted_peak_bytes is not None
+        assert report.predicted_peak_bytes <= budget
+        # The step that is timed again begins the allocator's peak anew, so the others tell.
+        assert max(peaks) <= 1.05 * budget
+
+
+def test_a_budget_under_the_floor_is_refused() -> None:
+    _, model = pair()
+    with lighterage.offload(model, device_budget="64MiB") as offloader, pytest.raises(BudgetError) as refused:
+        until_planned(model, offloader)
+    assert refused.value.smallest_bytes > 64 << 20
+
+
+def everything(timeline: lighterage.Timeline, mode: Any) -> Plan:
+    sections = tuple(
+        SectionPlan(name=s.name, mode=mode, moves=tuple(Move(save=a.save, release_after=1) for a in s.allocations))
+        for s in timeline.sections
+    )
+    fetches = tuple(
+        tuple(Fetch(section=p.section, save=a.save) for a in reversed(timeline.sections[p.section].allocations))
+        if p.direction == "backward" and p.section is not None
+        else ()
+        for p in timeline.phases
+    )
+    return Plan(sections=sections, fetches=fetches)
+
+
+@pytest.mark.parametrize("mode", ["save", "selective", "recompute"])
+def test_every_mode_gives_the_same_bits_with_delayed_lanes(mode: Any) -> None:
+    with deterministic():
+        plain, model = pair()
+        expected = [step(plain, seed)[0] for seed in range(3)]
+        plain.zero_grad(set_to_none=True)
+        policy = lighterage.Policy(max_slowdown=1.0)
+        delay: Callable[[], None] = lambda: torch.cuda._sleep(2_000_000)  # noqa: E731
+        with lighterage.Offloader(model, policy, before_copies=delay) as offloader:
+            until_planned(model, offloader)
+            assert offloader.timeline is not None
+            offloader.use_plan(everything(offloader.timeline, mode), offloader.timeline)
+            for seed, wanted in enumerate(expected):
+                got, _ = step(model, seed)
+                assert same(wanted, got)
+            assert offloader.stats().bytes_out > 0
+
+
+def test_planned_steps_never_wait_on_the_host_for_the_device() -> None:
+    _, model = pair()
+    x = torch.randn(ROWS, WIDTH, device="cuda").bfloat16()
+    with lighterage.offload(model, max_slowdown=0.5, recompute="never") as offloader:
+        until_planned(model, offloader)
+        for seed in range(4):
+            step(model, seed)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                model(x).float().square().mean().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert offloader.stats(total=True).bytes_out > 0
