@@ -269,7 +269,7 @@ def test_a_section_is_computed_again_with_the_same_dropout(link: list[Link], mod
     model = Model(*[Counted(calls) for _ in range(5)])
     model.load_state_dict(plain.state_dict())
     expected = train(plain, rows(), 3)
-    with offload(model) as offloader:
+    with offload(model, recompute="auto") as offloader:
         train(model, rows(), STEPS_TO_PLAN)
         assert offloader.timeline is not None
         offloader.use_plan(everything(offloader, mode), offloader.timeline)
@@ -349,7 +349,7 @@ def test_what_a_second_forward_would_change_is_never_computed_again(
     layers = [kind() for _ in range(3)] if kind is not Writing else [Layer(), Writing()]
     plain, model = pair(*layers)
     expected = train(plain, rows(), STEPS_TO_PLAN) + train(plain, rows(), 5)
-    with offload(model) as offloader:
+    with offload(model, recompute="auto") as offloader:
         got = train(model, rows(), STEPS_TO_PLAN)
         timeline = offloader.timeline
         assert timeline is not None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import BudgetError
 from ..planner.plan import Plan, SectionPlan
 from ..planner.prediction import Prediction
 from ..planner.timeline import Link, Timeline
@@ -38,6 +39,8 @@ SLOWER, SLOW_CHECKS = 1.25, 4
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
 TRIALS_OF_A_KIND = 3
+# So often a plan is made for less, after a step under it took more than the budget.
+MOST_TIGHTENED = 4
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that selective recomputation is taken to cost."""
 
@@ -96,6 +99,9 @@ class Autoplan:
         self._slow = 0
         self._patience = PATIENCE
         self._num_plans = 0
+        self._num_tightened = 0
+        self._spare_bytes = 0
+        """What steps took beyond the budget under plans that were to keep to it: so much of it is left free."""
         self._check: StepLog | None = None
         self._known: dict[int, Recipe] = {}
         self._repeatable = Repeatable()
@@ -223,7 +229,11 @@ class Autoplan:
         if self._stage is Stage.TIMING and len(self._timed) >= TIMED_STEPS:
             if not all(log.readable for log in self._timed):
                 return
-            self._choose_trials()
+            try:
+                self._choose_trials()
+            except ValueError:  # the steps do not make up a whole one: an exception ended one's backward, say
+                self._start_over()
+                return
             self._stage = Stage.TRIAL
         if self._stage is Stage.PLANNING:
             assert self._job is not None
@@ -231,8 +241,18 @@ class Autoplan:
                 self._adopt(self._job)
             return
         if self._stage is Stage.TRIAL and (not self._trial_kinds or (self._trial is not None and self._trial.readable)):
-            self._make()
+            try:
+                self._make()
+            except ValueError:
+                self._start_over()
+                return
             self._look()
+
+    def _start_over(self) -> None:
+        """Measure from the first step on: what was seen is of no use."""
+        self._first, self._timed, self._trial = None, [], None
+        self._restarts = 0
+        self._stage = Stage.SIZING
 
     # --- planning ---------------------------------------------------------------------------------------------------
 
@@ -286,7 +306,10 @@ class Autoplan:
         if self._link is None:
             self._link = self._measure_link()
         self._job = Planning(
-            self._read(self._selective_ms()), self._link, goal_of(self._policy), agree=self._num_plans == 0
+            self._read(self._selective_ms()),
+            self._link,
+            goal_of(self._policy, self._spare_bytes),
+            agree=self._num_plans == 0,
         )
         self._stage = Stage.PLANNING
         self._first, self._timed, self._trial = None, [], None
@@ -301,9 +324,14 @@ class Autoplan:
         Raises:
             BudgetError, ValueError: no plan keeps to the budget, or to the rules.
         """
+        if job.error is not None and self._course is not None and not isinstance(job.error, BudgetError):
+            # It was measured anew, and the rules do not fit what ran: go on as before.
+            self._stage, self._steps, self._job = Stage.PLANNED, 0, None
+            return
         self.timeline = job.timeline
         if job.error is not None:
             raise job.error.with_traceback(None)
+        self._job = None
         assert job.plan is not None
         self._course = Course(job.plan, job.timeline, self._known)
         self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
@@ -312,7 +340,6 @@ class Autoplan:
         self._stage = Stage.PLANNED
         self._steps = self._slow = 0
         self._num_plans += 1
-        self._job = None
 
     # --- drift ------------------------------------------------------------------------------------------------------
 
@@ -324,12 +351,33 @@ class Autoplan:
             (b.direction, None if b.section is None else b.section.index, log.clock.ms(b.at, after.at))
             for b, after in zip(log.boundaries, log.boundaries[1:], strict=False)
         ]
+        if self._keep_to_budget(self.measured_peak_bytes):
+            return
         if self.prediction is not None:
             self._slow = self._slow + 1 if self.measured_ms > SLOWER * self.prediction.step_ms else 0
             if self._slow >= SLOW_CHECKS:
                 self._slow = 0
                 if self._measure_again():
                     self._link = None  # it may be that which has changed
+
+    def _keep_to_budget(self, peak_bytes: int) -> bool:
+        """Plan anew, for less, if a step under the plan took more than the budget; whether that was done.
+
+        The step that begins now waits for it.
+        """
+        budget = self._policy.device_budget_bytes
+        if budget is None or peak_bytes <= budget or self._given or self.timeline is None or self._link is None:
+            return False
+        if self._num_tightened == MOST_TIGHTENED:
+            return False
+        self._num_tightened += 1
+        self._spare_bytes += peak_bytes - budget
+        job = Planning(self.timeline, self._link, goal_of(self._policy, self._spare_bytes), agree=False)
+        job.run()
+        if job.error is not None:  # the plan that there is comes nearest
+            return False
+        self._adopt(job)
+        return True
 
     def _watch_drift(self, run: Run) -> None:
         if run.unplanned or run.missing or run.resized or run.strayed:
@@ -379,7 +427,7 @@ class Autoplan:
         if self._stage is not Stage.SIZING or section.gap:
             return around
         one.kind = class_of(module)
-        one.not_recomputed = 'recompute="never"' if self._policy.recompute == "never" else why_never(module, call)
+        one.not_recomputed = why_never(module, call) if self._policy.may_recompute else 'recompute="never"'
         if module is None or call is None:
             return around
         for position, tensor in enumerate(call.tensors):
@@ -424,7 +472,7 @@ class Autoplan:
 
     def visited(self, section: Section) -> None:
         """Backward has come to a section."""
-        self._repeatable.backward_came = True
+        self._repeatable.visited(section.orders, section.log)
         if section.log is not None and self._log is not None:
             self._log.visited(section.log)
         if isinstance(section.orders, PlannedOrders) and self._run is not None:

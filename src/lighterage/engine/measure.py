@@ -137,6 +137,7 @@ class SectionLog:
         "products",
         "row",
         "saves",
+        "watch",
     )
 
     def __init__(self, name: str, gap: bool, row: Row) -> None:
@@ -154,6 +155,8 @@ class SectionLog:
         self.inside: list[str] = []
         """The modules inside the section that run now, where that is watched."""
         self.key: StateKey | None = None
+        self.watch: Callable[[], str | None] | None = None
+        """Tells, as backward comes to it, what has changed that its forward started from."""
         self.kind: object = None
         """Sections of one kind take the same time: the class of the module."""
 

@@ -170,7 +170,9 @@ class Offloader:
         live = LiveSection(section)
         pack = self.pack_of(section)
         if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
-            live.runner = functools.partial(run_again_later, orders=section.orders, pack=pack)
+            module = self._modules.module_of(name)
+            assert module is not None, "only a module is computed again"
+            live.runner = functools.partial(run_again_later, orders=section.orders, pack=pack, name=name, module=module)
         recorder = Recorder(pack, section)
         try:
             with torch.autograd.graph.saved_tensors_hooks(recorder, unpack), entered(recorder), around:

@@ -79,7 +79,19 @@ class Orders:
 class PlannedOrders(Orders):
     """What the plan says of a section."""
 
-    __slots__ = ("_moves", "_run", "_section", "_sizes", "_taken", "called", "index", "mode", "read_twice", "recipe")
+    __slots__ = (
+        "_moves",
+        "_run",
+        "_section",
+        "_sizes",
+        "_taken",
+        "called",
+        "index",
+        "mode",
+        "read_twice",
+        "recipe",
+        "watch",
+    )
 
     def __init__(self, run: Run, index: int, section: Section) -> None:
         course = run.course
@@ -94,6 +106,8 @@ class PlannedOrders(Orders):
         self.recipe = course.recipes.get(index, Recipe())
         self.read_twice: Callable[[], None] | None = None
         """To be told if backward reads a saved tensor twice, where it is not known whether it does."""
+        self.watch: Callable[[], None] | None = None
+        """To be told as backward comes to the section, where it is not known yet whether it may be computed again."""
         self.called: int | None = None
         """Where the section is computed again: the save of the plan that what comes next stands for, 0 for none."""
 

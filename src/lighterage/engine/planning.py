@@ -19,14 +19,16 @@ from .policy import DEFAULT_SLOWDOWN, Policy
 LINK_CAUTION = 0.93
 
 
-def goal_of(policy: Policy) -> Goal:
-    """What a plan under `policy` is to reach."""
+def goal_of(policy: Policy, spare_bytes: int = 0) -> Goal:
+    """What a plan under `policy` is to reach, with so much of the budget left free."""
     budget = policy.device_budget_bytes
+    if budget is not None:
+        budget = max(budget - spare_bytes, 1)
     slowdown = DEFAULT_SLOWDOWN if budget is None and policy.max_slowdown is None else policy.max_slowdown
     return Goal(
         device_budget=budget,
         max_slowdown=slowdown,
-        recompute=policy.recompute,
+        recompute="auto" if policy.may_recompute else "never",
         rules=tuple(tuple(rule) for rule in policy.rules),  # type: ignore[misc]
     )
 

@@ -102,9 +102,11 @@ class Policy:
     """The part of a step that a plan may cost: with 0.02 the smallest peak is sought whose step is at most 1.02 times
     as long."""
 
-    recompute: Literal["auto", "never"] = "auto"
+    recompute: Literal["auto", "never"] | None = None
     """Whether a plan may compute sections again in backward, whole or all but their products, where that is better than
-    to move. Never those whose forward changes a buffer or another attribute."""
+    to move. Never those whose forward changes a buffer or another attribute. None: `"auto"` where `device_budget`,
+    `max_slowdown` or a rule asks for something, otherwise `"never"`: a second forward may do what the first one did to
+    the world outside of the model, which is nothing to happen unasked."""
 
     rules: Sequence[Rule] = ()
     """What binds the plan, the first that matches: pairs such as `("*.mlp", "offload")` or `("*.norm*", "keep")`, whose
@@ -144,7 +146,7 @@ class Policy:
         self._check_goal()
 
     def _check_goal(self) -> None:
-        if self.recompute not in ("auto", "never"):
+        if self.recompute not in ("auto", "never", None):
             raise ValueError(f'recompute is "auto" or "never"; got {self.recompute!r}.')
         if self.device_budget is not None:
             parse_bytes(self.device_budget, name="device_budget")
@@ -188,6 +190,14 @@ class Policy:
     def budget_bytes(self) -> int | None:
         """`host_budget` as bytes, or None."""
         return None if self.host_budget is None else parse_bytes(self.host_budget, name="host_budget")
+
+    @property
+    def may_recompute(self) -> bool:
+        """Whether a plan may compute sections again."""
+        if self.recompute is None:
+            asked = self.device_budget is not None or self.max_slowdown is not None
+            return asked or any(rule[1] == "recompute" for rule in self.rules)
+        return self.recompute == "auto"
 
     @property
     def by_hand(self) -> bool:

@@ -19,23 +19,46 @@ from .orders import PlannedOrders
 from .origins import PRODUCT_OPS
 from .sections import Section
 from .selective import Held, Hold, contexts
+from .views import emptied_alias
 
 Call = Callable[..., Any]
 Pack = Callable[[torch.Tensor, Section], Held]
 
 
 def run_again_later(
-    call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], orders: PlannedOrders, pack: Pack
+    call: Call,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    orders: PlannedOrders,
+    pack: Pack,
+    name: str,
+    module: nn.Module,
 ) -> Any:
     """Call `call`, and let backward call it again for what it did not save.
 
     What it was given is saved, and so comes to the section's own pack hook; in mode `"selective"` the products do too.
+
+    Raises, in backward:
+        RuntimeError: what the second run would start from is not what the first one started from.
     """
     leaves, spec = tree_flatten((args, kwargs))
+    watch = StateWatch(module, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+    changed: list[str | None] = []
 
     def run(*given: Any) -> Any:
+        again = bool(changed)
+        if again:
+            change = changed[0] or watch.change_since()
+            if change is not None:
+                raise RuntimeError(
+                    f"section {name!r} is computed again in backward, and {change}: its gradients would not be those "
+                    'of its forward. Leave that as it is until backward has run, or pass recompute="never".'
+                )
         again_args, again_kwargs = tree_unflatten(list(given), spec)
-        return call(*again_args, **again_kwargs)
+        result = call(*again_args, **again_kwargs)
+        if not again:
+            changed.append(watch.change())
+        return result
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if orders.mode == "selective":
@@ -110,24 +133,40 @@ def why_never(module: nn.Module | None, call: SectionCall | None) -> str | None:
 
 
 class StateWatch:
-    """Tells whether a forward changed what a second one would start from."""
+    """Tells whether what a forward starts from is still the same after it, and as its backward begins.
+
+    It holds none of the inputs' memory.
+    """
 
     def __init__(self, module: nn.Module, inputs: list[torch.Tensor]) -> None:
         self._module = module
         self._before = _state(module)
-        self._inputs = [(tensor, _version_of(tensor)) for tensor in inputs]
+        # Wrappers and the like are watched by their handles alone.
+        plain = [t for t in inputs if type(t) is torch.Tensor and t.layout is torch.strided and not t.is_inference()]
+        self._inputs = [(emptied_alias(tensor), tensor._version) for tensor in plain]
 
     def change(self) -> str | None:
-        """What has changed, or None."""
-        if any(_version_of(tensor) != version for tensor, version in self._inputs):
-            return "its forward changes its input in place"
+        """What the forward, which has just ended, has changed; or None."""
+        found = self._difference()
+        self._before = _state(self._module)
+        self._inputs = [(alias, alias._version) for alias, _ in self._inputs]
+        return None if found is None else f"its forward changes {found}"
+
+    def change_since(self) -> str | None:
+        """What has changed since `change` was asked; or None."""
+        found = self._difference()
+        return None if found is None else f"{found} changes between its forward and its backward"
+
+    def _difference(self) -> str | None:
+        if any(alias._version != version for alias, version in self._inputs):
+            return "its input in place"
         after = _state(self._module)
         if after.keys() != self._before.keys():
-            return "its forward sets attributes"
+            return "the set of its attributes"
         for key, (was, version, size) in self._before.items():
             now, version_now, size_now = after[key]
             if now is not was or version_now != version or size_now != size:
-                return f"its forward changes {key[1]}"
+                return key[1]
         return None
 
 
@@ -138,13 +177,16 @@ def _version_of(tensor: torch.Tensor) -> int:
 def _state(module: nn.Module) -> dict[tuple[int, str], tuple[object, int | None, int | None]]:
     state: dict[tuple[int, str], tuple[object, int | None, int | None]] = {}
     for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                state[(id(part), f"the buffer {name}")] = (buffer, _version_of(buffer), None)
+        for kind, tensors in (("parameter", part._parameters), ("buffer", part._buffers)):
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    state[(id(part), f"the {kind} {name}")] = (tensor, _version_of(tensor), None)
         for name, value in vars(part).items():
             if name in ("_buffers", "_parameters", "_modules") or isinstance(value, types.MethodType):
                 continue
             size = len(value) if isinstance(value, list | dict | set) else None
+            if isinstance(value, torch.Generator):
+                size = hash(bytes(value.get_state().numpy()))
             version = _version_of(value) if isinstance(value, torch.Tensor) else None
             state[(id(part), f"the attribute {name}")] = (value, version, size)
     return state
@@ -162,6 +204,8 @@ class ProductTeller(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         before = self._num_saves()
+        if any(isinstance(value, torch.Generator) for value in kwargs.values()):
+            self._log.not_recomputed = "it draws from a random generator of its own"
         out = func(*args, **kwargs)
         if func in PRODUCT_OPS:
             product = ProductLog(before)

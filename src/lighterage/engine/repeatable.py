@@ -48,7 +48,9 @@ class Repeatable:
         key = _state_key(name, module)
         if key not in self._seen:
             orders.read_twice = functools.partial(self._now.__setitem__, key, READ_TWICE)
-            return self._watched(StateWatch(module, call.tensors), key, None)
+            watch = StateWatch(module, call.tensors)
+            orders.watch = lambda: self._note(key, watch.change_since())
+            return self._watched(watch, key, None)
         if self._seen[key] is None:
             orders.mode = mode
         return contextlib.nullcontext()
@@ -68,7 +70,9 @@ class Repeatable:
             if log.not_recomputed is None:
                 log.key = _state_key(log.name, module)
                 self._seen.pop(log.key, None)
-                around.enter_context(self._watched(StateWatch(module, call.tensors), log.key, log))
+                watch = StateWatch(module, call.tensors)
+                log.watch = watch.change_since
+                around.enter_context(self._watched(watch, log.key, log))
                 around.enter_context(ProductTeller(log, num_saves))
             if with_modules:
                 around.enter_context(ModuleWatch(module, log))
@@ -77,9 +81,24 @@ class Repeatable:
     @contextlib.contextmanager
     def _watched(self, watch: StateWatch, key: StateKey, log: SectionLog | None) -> Iterator[None]:
         yield
-        change = self._now[key] = watch.change()
+        change = watch.change()
+        self._note(key, change)
         if log is not None:
             log.not_recomputed = log.not_recomputed or change
+
+    def _note(self, key: StateKey, change: str | None) -> None:
+        # A section may run several times in a step: one that speaks against it is enough.
+        self._now[key] = self._now.get(key) or change
+
+    def visited(self, orders: object, log: SectionLog | None) -> None:
+        """Backward has come to a section: is all still there that its forward started from?"""
+        self.backward_came = True
+        if log is not None and log.watch is not None:
+            log.not_recomputed = log.not_recomputed or log.watch()
+            log.watch = None
+        if isinstance(orders, PlannedOrders) and orders.watch is not None:
+            orders.watch()
+            orders.watch = None
 
 
 def _state_key(name: str, module: nn.Module) -> StateKey:
