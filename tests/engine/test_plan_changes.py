@@ -242,3 +242,20 @@ def test_a_layer_that_is_dropped_later_does_not_make_a_rule_an_error() -> None:
     with offload(model, max_slowdown=5.0, rules=[("Layer.1", "keep")]) as offloader:
         assert_equal(expected, run(model))
         assert offloader.plan is not None
+
+
+@pytest.mark.parametrize("fraction", [0.9, 0.6, 0.3])
+def test_a_budget_that_a_step_broke_is_planned_for_anew_or_told(fraction: float) -> None:
+    _, model = pair()
+    with offload(model, device_budget=10**9) as offloader:
+        train(model, rows(), STEPS_TO_PLAN)
+        assert offloader.timeline is not None
+        whole = sum(a.held_bytes for s in offloader.timeline.sections for a in s.allocations if a.kept is None)
+    _, model = pair()
+    budget = int(fraction * whole)
+    with offload(model, device_budget=budget) as offloader:
+        train(model, rows(), STEPS_TO_PLAN + 14)
+        assert offloader.sections == []
+        auto = offloader._auto
+        assert auto is not None and auto.measured_peak_bytes is not None
+        assert auto.measured_peak_bytes <= budget or "more than the budget" in str(offloader.report())

@@ -29,6 +29,7 @@ from .repeatable import Repeatable
 from .sections import Section
 from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
 from .traffic import Traffic
+from .units import format_bytes
 
 # So many steps are timed; of each phase the shortest counts, which leaves the noise of first times out.
 TIMED_STEPS = 2
@@ -127,7 +128,14 @@ class Autoplan:
         """The plan in a sentence, or what is still missing to make one."""
         if self._course is None:
             return f"none yet; the steps are measured ({self._stage.value})"
-        return self._course.plan.why or "as it was given"
+        why = self._course.plan.why or "as it was given"
+        budget, peak_bytes = self._policy.device_budget_bytes, self.measured_peak_bytes
+        if budget is not None and peak_bytes is not None and peak_bytes > budget:
+            why += (
+                f" A step under it took {format_bytes(peak_bytes)}, which is more than the budget of "
+                f"{format_bytes(budget)}; no plan for less was found. Raise the budget, or take smaller batches."
+            )
+        return why
 
     @property
     def link_text(self) -> str | None:
@@ -372,12 +380,17 @@ class Autoplan:
             return False
         self._num_tightened += 1
         self._spare_bytes += peak_bytes - budget
-        job = Planning(self.timeline, self._link, goal_of(self._policy, self._spare_bytes), agree=False)
-        job.run()
-        if job.error is not None:  # the plan that there is comes nearest
-            return False
-        self._adopt(job)
-        return True
+        for _ in range(2):
+            job = Planning(self.timeline, self._link, goal_of(self._policy, self._spare_bytes), agree=False)
+            job.run()
+            if job.error is None:
+                self._adopt(job)
+                return True
+            foreseen = None if self.prediction is None else self.prediction.peak_bytes
+            if not isinstance(job.error, BudgetError) or foreseen is None or job.error.smallest_bytes >= foreseen:
+                return False  # the plan that there is comes nearest
+            self._spare_bytes = budget - job.error.smallest_bytes
+        return False
 
     def _watch_drift(self, run: Run) -> None:
         if run.unplanned or run.missing or run.resized or run.strayed:

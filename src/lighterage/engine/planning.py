@@ -59,7 +59,9 @@ class Planning:
             self.prediction = simulate(self.timeline, self.plan, self._link)
             self.ms = (time.perf_counter() - start) * 1e3
         except Exception as error:  # it belongs to whoever begins the next step
-            self.error = error
+            # Its traceback would hold the frames below this one, and with them a step that could then never end.
+            self.error = error.with_traceback(None)
+            self.error.__context__ = None
         self.done.set()
 
 
