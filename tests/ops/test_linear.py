@@ -126,3 +126,9 @@ def test_wrong_use_is_told() -> None:
         linear(x, w, b[:3], recipe=fp8)
     with pytest.raises(ValueError, match="'triton'"):
         linear(x, w, b, recipe=QUANTIZED["fp8_tensor"], backend="triton")
+
+
+@pytest.mark.parametrize("backend", ["triton", "reference", "emulation", "foo"])
+def test_without_a_recipe_another_backend_than_pytorchs_own_is_refused(backend):
+    with pytest.raises(ValueError, match=f"'auto' or 'torch'; got '{backend}'"):
+        linear(torch.randn(4, 64), torch.randn(8, 64), backend=backend)

@@ -28,7 +28,7 @@ def linear(
     """y = x w^T + bias.
 
     x: (*, K), bf16, fp16 or fp32. weight: (N, K). bias: (N,) or None.
-    recipe: how operands are quantized. None is `torch.nn.functional.linear`, and the other options mean nothing.
+    recipe: how operands are quantized. None is `torch.nn.functional.linear`, which is the backend "torch".
     save_original_input, backend: as of `grouped_linear`, of which this is the case of one expert: the input is
         quantized once, and its columnwise buffer is the one tensor that is saved for backward.
 
@@ -38,6 +38,12 @@ def linear(
     Raises: TypeError, ValueError: naming the rule, what was received, and what to do.
     """
     if check_recipe(recipe) is None:
+        check_flag("save_original_input", save_original_input)
+        if backend not in ("auto", "torch"):
+            raise ValueError(
+                f"without a recipe the product is PyTorch's own, so the backend is 'auto' or 'torch'; got {backend!r}. "
+                "Leave it out, or pass a recipe."
+            )
         return F.linear(x, weight, bias)
     return _quantized_linear(x, weight, bias, recipe, save_original_input, backend)
 
