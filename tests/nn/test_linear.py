@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lighterage.nn import Linear
+from lighterage.nn import GroupedLinear, Linear
 from lighterage.recipes import Float8BlockScaling, Float8CurrentScaling
 
 
@@ -54,3 +54,11 @@ def test_copies_and_pickles_keep_the_recipe() -> None:
 def test_a_wrong_recipe_is_told_when_the_layer_is_made() -> None:
     with pytest.raises(TypeError, match="recipe"):
         Linear(16, 16, recipe="fp8")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "layer", [lambda recipe: Linear(60, 64, recipe=recipe), lambda recipe: GroupedLinear(2, 64, 60, recipe=recipe)]
+)
+def test_a_width_that_the_recipe_cannot_have_is_refused_when_the_layer_is_made(layer):
+    with pytest.raises(ValueError, match="needs input and output features divisible by 16; got .*60"):
+        layer(Float8BlockScaling())

@@ -11,6 +11,7 @@ from torch import nn
 
 from lighterage.formats.arguments import check_count, check_flag
 from lighterage.formats.splits import Splits
+from lighterage.ops.checks import check_features
 from lighterage.ops.grouped_linear import grouped_linear
 from lighterage.ops.stacking import are_side_by_side
 from lighterage.recipes import Recipe, check_recipe
@@ -53,6 +54,7 @@ class GroupedLinear(nn.Module):
             check_flag(name, flag)
         self.num_gemms, self.in_features, self.out_features = num_gemms, in_features, out_features
         self.recipe = check_recipe(recipe)
+        check_features(self.recipe, in_features, out_features)
         self.save_original_input = save_original_input
         self.single_weight = single_weight
         self.use_bias = bias

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lighterage.formats.arguments import check_count, check_flag
+from lighterage.ops.checks import check_features
 from lighterage.ops.linear import linear
 from lighterage.recipes import Recipe, check_recipe
 
@@ -37,6 +38,7 @@ class Linear(nn.Module):
         check_flag("save_original_input", save_original_input)
         self.in_features, self.out_features = in_features, out_features
         self.recipe = check_recipe(recipe)
+        check_features(self.recipe, in_features, out_features)
         self.save_original_input = save_original_input
         self.weight = nn.Parameter(torch.empty(out_features, in_features, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None

@@ -66,12 +66,20 @@ def checked_rows(x: torch.Tensor, w_ENK: torch.Tensor, recipe: Recipe | None) ->
             f"without a recipe the input must have the weight's dtype, {w_ENK.dtype}; got {x.dtype}. Cast the input, "
             "use torch.autocast, or name a recipe."
         )
+    check_features(recipe, num_in, num_out)
+    return x.reshape(-1, num_in)
+
+
+def check_features(recipe: Recipe | None, num_in: int, num_out: int) -> None:
+    """Check that a layer is as wide as its recipe needs it.
+
+    Raises: ValueError: naming the rule, what was received, and what to do.
+    """
     if recipe is not None and (num_in % recipe.dim_multiple or num_out % recipe.dim_multiple):
         raise ValueError(
             f"{type(recipe).__name__} needs input and output features divisible by {recipe.dim_multiple}; got {num_in} "
             f"and {num_out}. Pad the layer, or leave the recipe out for it."
         )
-    return x.reshape(-1, num_in)
 
 
 def checked_splits(
