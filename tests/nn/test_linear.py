@@ -56,9 +56,7 @@ def test_a_wrong_recipe_is_told_when_the_layer_is_made() -> None:
         Linear(16, 16, recipe="fp8")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    "layer", [lambda recipe: Linear(60, 64, recipe=recipe), lambda recipe: GroupedLinear(2, 64, 60, recipe=recipe)]
-)
-def test_a_width_that_the_recipe_cannot_have_is_refused_when_the_layer_is_made(layer):
-    with pytest.raises(ValueError, match="needs input and output features divisible by 16; got .*60"):
-        layer(Float8BlockScaling())
+@pytest.mark.parametrize("make", [lambda r: Linear(60, 64, recipe=r), lambda r: GroupedLinear(2, 64, 60, recipe=r)])
+def test_a_width_that_the_recipe_cannot_have_is_refused_when_the_layer_is_made(make):
+    with pytest.raises(ValueError, match=r"needs input and output features divisible by 16; got .*60"):
+        make(Float8BlockScaling())
