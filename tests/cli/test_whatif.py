@@ -123,3 +123,10 @@ def test_a_faster_link_is_never_worse():
     slow, fast = (pareto(timeline, link_named(name), recompute="never") for name in ("pcie4", "nvlink-c2c"))
     assert fast[0].peak_bytes < slow[0].peak_bytes
     assert fast[-1].step_ms < slow[-1].step_ms
+
+
+def test_a_timeline_of_nothing_is_told(tmp_path, capsys):
+    file = tmp_path / "empty.json"
+    file.write_text(Timeline(sections=(), phases=()).to_json())
+    assert main(["whatif", str(file), "--out", str(tmp_path / "c.png")]) == 2
+    assert "a step that takes no time" in capsys.readouterr().err

@@ -509,3 +509,10 @@ def test_rules_name_modules_inside_sections(link: list[Link], recompute: str) ->
     moved = {m.save for m in plan.sections[1].moves}
     assert moved == {a.save for a in timeline.sections[1].allocations if a.module == "down"} != set()
     assert not any(s.moves for s in plan.sections if s.name != "Layer.1")
+
+
+def test_what_is_no_plan_is_told(link: list[Link]) -> None:
+    _, model = pair()
+    told = r"use_plan takes a lighterage\.Plan .* got a str and a str"
+    with offload(model) as offloader, pytest.raises(TypeError, match=told):
+        offloader.use_plan("x", "y")  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import pytest
 
 from lighterage.planner.choose import plan
 from lighterage.planner.goal import Goal
-from lighterage.planner.plan import Plan
+from lighterage.planner.plan import Plan, SectionPlan
 from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from tests.planner import oracle
 from tests.planner.decoder import GIB, LINK, decoder
@@ -100,3 +100,39 @@ SAVED = SavedAllocation(save=1, nbytes=4, held_bytes=8, born_ms=0.0, uses=(Use(s
 def test_a_timeline_whose_parts_do_not_fit_is_refused(section, phases, message):
     with pytest.raises(ValueError, match=message):
         _timeline(section, *phases)
+
+
+@pytest.mark.parametrize(
+    ("what", "told"),
+    [
+        ({"born_ms": float("nan")}, "born_ms"),
+        ({"born_ms": -1.0}, "born_ms"),
+        ({"uses": (Use(section=0, first_ms=-1.0, last_ms=1.0),)}, "at no time"),
+        ({"uses": (Use(section=0, first_ms=0.0, last_ms=float("inf")),)}, "at no time"),
+    ],
+)
+def test_times_that_are_none_are_told_with_their_save(what, told):
+    given = {"save": 1, "nbytes": 8, "held_bytes": 8, "born_ms": 0.0, "uses": (), **what}
+    section = SectionRecord(name="L.0", allocations=(SavedAllocation(**given),))
+    phases = tuple(Phase(direction=way, section=0, ms=1.0, work_bytes=0) for way in ("forward", "backward"))
+    with pytest.raises(ValueError, match=told) as caught:
+        Timeline(sections=(section,), phases=phases)
+    assert "save 1 of section 0 (L.0)" in str(caught.value)
+
+
+@pytest.mark.parametrize("ms", [-1000.0, float("nan"), float("inf")])
+def test_a_selective_time_that_is_none_is_told(ms):
+    phases = (Phase(direction="forward", section=0, ms=1.0, work_bytes=0),)
+    with pytest.raises(ValueError, match="selective_ms of section 0"):
+        Timeline(sections=(SectionRecord(name="L.0", selective_ms=ms),), phases=phases)
+
+
+def test_a_rate_that_is_no_number_is_told():
+    with pytest.raises(TypeError, match="out_bytes_per_s of a link is a number"):
+        Link(out_bytes_per_s="55e9", in_bytes_per_s=1.0, both_bytes_per_s=2.0)
+
+
+def test_a_word_that_is_none_of_those_allowed_is_told_with_them():
+    text = Plan(sections=(SectionPlan(name="L.0"),), fetches=()).to_json().replace('"save"', '"zip"')
+    with pytest.raises(ValueError, match='mode is one of "save", "selective", "recompute"; got "zip"'):
+        Plan.from_json(text)

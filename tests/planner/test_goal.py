@@ -113,3 +113,19 @@ def test_a_rule_that_matches_nothing_names_the_sections():
 def test_a_goal_that_is_none_is_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         Goal(**fields)
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "told"),
+    [
+        ({"device_budget": "4GiB"}, TypeError, "whole number of bytes"),
+        ({"device_budget": True}, TypeError, "whole number of bytes"),
+        ({"device_budget": float("nan")}, TypeError, "whole number of bytes"),
+        ({"device_budget": 0}, ValueError, "above 0"),
+        ({"max_slowdown": "2%"}, TypeError, "0.02 for 2 %"),
+        ({"max_slowdown": float("nan")}, ValueError, "0.02 for 2 %"),
+    ],
+)
+def test_a_goal_that_is_none_is_told(given, error, told):
+    with pytest.raises(error, match=told):
+        Goal(**given)

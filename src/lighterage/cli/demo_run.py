@@ -20,6 +20,8 @@ from lighterage.cli.demo_text import standard_library_text
 from lighterage.cli.demo_train import RunResult, reproducible, train
 
 _MIB = 1024**2
+FEWEST_TIMED = 5
+"""Of fewer timed steps no overhead is told: one slow step would be most of it."""
 
 
 def choose(args: argparse.Namespace) -> DemoConfig:
@@ -198,7 +200,8 @@ def _table(plain: RunResult, moved: RunResult, differences: list[str]) -> Table:
     table.add_section()
     table.add_row("time a step, median", f"{plain.median_ms:.1f} ms", f"{moved.median_ms:.1f} ms")
     table.add_row("time a step, fastest – slowest", _spread(plain.step_ms), _spread(moved.step_ms))
-    table.add_row("overhead", "", f"{moved.median_ms / plain.median_ms - 1:+.1%}")
+    few = min(len(plain.step_ms), len(moved.step_ms)) < FEWEST_TIMED
+    table.add_row("overhead", "", "too few steps to tell" if few else f"{moved.median_ms / plain.median_ms - 1:+.1%}")
     table.add_row("reloads that came late", "", f"{stats.late_reloads} ({stats.late_ms:.1f} ms)")
     return table
 

@@ -70,6 +70,10 @@ def run(args: argparse.Namespace) -> int:
         if args.plan is not None and args.link is not None and len(args.link) > 1:
             raise ValueError(f"--plan writes one plan, and {len(args.link)} links were given. Give one --link.")
         timeline = Timeline.from_json(args.timeline.read_text())
+        if not timeline.step_ms:
+            raise ValueError(
+                f"{args.timeline} is of a step that takes no time. Keep offloader.timeline once it is there."
+            )
         links = [_link(text) for text in args.link or ["pcie5"]]
         goal = _goal(args)
         return _show(args, timeline, links, goal)

@@ -131,6 +131,11 @@ class Policy:
             parse_bytes(self.host_budget, name="host_budget")
         if not isinstance(self.disk_checksums, bool):
             raise TypeError(f"disk_checksums is True or False; got {self.disk_checksums!r}.")
+        if self.disk_checksums and self.tier == "host":
+            raise ValueError(
+                'disk_checksums is used by the disk tier alone, and tier="host" was asked for. Leave it out, or take '
+                'tier="disk".'
+            )
         if self.disk_dir is not None:
             if not isinstance(self.disk_dir, str | os.PathLike):
                 raise TypeError(f"disk_dir is a path; got {self.disk_dir!r}.")
@@ -148,8 +153,8 @@ class Policy:
     def _check_goal(self) -> None:
         if self.recompute not in ("auto", "never", None):
             raise ValueError(f'recompute is "auto" or "never"; got {self.recompute!r}.')
-        if self.device_budget is not None:
-            parse_bytes(self.device_budget, name="device_budget")
+        if self.device_budget is not None and parse_bytes(self.device_budget, name="device_budget") == 0:
+            raise ValueError('device_budget is more than 0 bytes, such as "40GiB". Leave it out for no budget.')
         if self.max_slowdown is not None:
             value = self.max_slowdown
             if isinstance(value, bool) or not isinstance(value, int | float):
@@ -163,6 +168,7 @@ class Policy:
                 )
         goals = [name for name in ("device_budget", "max_slowdown") if getattr(self, name) is not None]
         goals += ["rules"] if self.rules else []
+        goals += ["recompute"] if self.recompute == "auto" else []
         if goals and self.by_hand:
             hand = next(name for name in _BY_HAND if not isinstance(getattr(self, name), _Default))
             raise ValueError(

@@ -25,6 +25,7 @@ class Goal:
     """The fastest step within a budget, or the smallest peak at a price.
 
     Raises:
+        TypeError: one is no number.
         ValueError: both or neither are given, or one is out of its range, or a rule is none.
     """
 
@@ -45,6 +46,12 @@ class Goal:
                 "a goal is either max_slowdown or device_budget; got "
                 f"max_slowdown={self.max_slowdown}, device_budget={self.device_budget}. Give exactly one."
             )
+        slowdown: object = self.max_slowdown  # as it came, whatever its type says
+        if isinstance(slowdown, bool) or not isinstance(slowdown, int | float | None):
+            raise TypeError(f"max_slowdown is a number, 0.02 for 2 %; got {slowdown!r}.")
+        budget: object = self.device_budget
+        if isinstance(budget, bool) or not isinstance(budget, int | None):
+            raise TypeError(f"device_budget is a whole number of bytes, 40 << 30 for 40 GiB; got {budget!r}.")
         if self.max_slowdown is not None and not 0 <= self.max_slowdown < float("inf"):
             raise ValueError(f"max_slowdown is a part of the step, 0.02 for 2 %; got {self.max_slowdown}.")
         if self.device_budget is not None and self.device_budget <= 0:

@@ -86,6 +86,9 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     if origin is tuple and isinstance(data, list):
         item = typing.get_args(hint)[0]
         return tuple(_value(item, each, f"{where}[{index}]") for index, each in enumerate(data))
+    if origin is typing.Literal:
+        words = ", ".join(json.dumps(word) for word in typing.get_args(hint))
+        raise ValueError(f"{where} is one of {words}; got {_shown(data)}.")
     raise ValueError(f"{where} is {getattr(hint, '__name__', None) or hint}; got {_shown(data)}.")
 
 

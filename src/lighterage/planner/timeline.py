@@ -160,6 +160,10 @@ class Link:
     name: str = ""
 
     def __post_init__(self) -> None:
+        for name in ("out_bytes_per_s", "in_bytes_per_s", "both_bytes_per_s", "copy_us"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name} of a link is a number, 55e9 for 55 GB/s; got {value!r}.")
         rates = (self.out_bytes_per_s, self.in_bytes_per_s, self.both_bytes_per_s)
         if not all(0 < rate < float("inf") for rate in rates) or not self.copy_us >= 0:
             raise ValueError(f"a link carries some bytes each way, and a copy takes no negative time; got {self}.")
@@ -204,6 +208,8 @@ def _check(timeline: Timeline) -> None:
             raise ValueError(f"section {index} ({section.name}) has no forward phase in the timeline.")
         if backward.get(index, len(timeline.phases)) < forward[index]:
             raise ValueError(f"section {index} ({section.name}) has its backward phase before its forward phase.")
+        if section.selective_ms is not None and not 0 <= section.selective_ms < float("inf"):
+            raise ValueError(f"selective_ms of section {index} ({section.name}) is a time; got {section.selective_ms}.")
         saves = {allocation.save for allocation in section.allocations}
         if len(saves) != len(section.allocations):
             raise ValueError(f"section {index} ({section.name}) has two allocations of the same save.")
@@ -211,7 +217,13 @@ def _check(timeline: Timeline) -> None:
             where = f"save {allocation.save} of section {index} ({section.name})"
             if not 0 <= allocation.nbytes <= allocation.held_bytes:
                 raise ValueError(f"{where} moves {allocation.nbytes} of {allocation.held_bytes} bytes; at most all.")
+            if not 0 <= allocation.born_ms < float("inf"):
+                raise ValueError(
+                    f"{where} is born some time after its section begins; got born_ms={allocation.born_ms}."
+                )
             for use in allocation.uses:
+                if not (0 <= use.first_ms < float("inf") and use.last_ms < float("inf")):
+                    raise ValueError(f"{where} has a use at no time of its phase: {use}.")
                 if use.section not in backward:
                     raise ValueError(f"{where} is used in backward of section {use.section}, which has no such phase.")
                 if backward[use.section] < forward[index] or not use.first_ms <= use.last_ms:
