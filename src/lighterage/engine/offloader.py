@@ -538,17 +538,17 @@ class Offloader:
             OffloadError: this offloader's plan is made by hand.
             TypeError: this is no plan, or no timeline.
         """
-        given: tuple[object, object] = (plan, timeline)  # as they came, whatever their types say
-        if not (isinstance(given[0], Plan) and isinstance(given[1], Timeline)):
-            raise TypeError(
-                "use_plan takes a lighterage.Plan and the lighterage.Timeline that it was made for; got a "
-                f"{type(plan).__name__} and a {type(timeline).__name__}."
-            )
         with self._lock:
             if self._auto is None:
                 raise OffloadError(
                     "this offloader's plan is made by hand: its policy names keep_last, release_after or "
                     "prefetch_ahead. Leave them out to use a plan."
+                )
+            given: tuple[object, object] = (plan, timeline)  # as they came, whatever their types say
+            if not (isinstance(given[0], Plan) and isinstance(given[1], Timeline)):
+                raise TypeError(
+                    "use_plan takes a lighterage.Plan and the lighterage.Timeline that it was made for; got a "
+                    f"{type(plan).__name__} and a {type(timeline).__name__}."
                 )
             self._auto.use(plan, timeline)
 
