@@ -129,4 +129,4 @@ def test_a_timeline_of_nothing_is_told(tmp_path, capsys):
     file = tmp_path / "empty.json"
     file.write_text(Timeline(sections=(), phases=()).to_json())
     assert main(["whatif", str(file), "--out", str(tmp_path / "c.png")]) == 2
-    assert "is a step that takes no time" in capsys.readouterr().err
+    assert "is of a step that takes no time" in capsys.readouterr().err
