@@ -318,7 +318,6 @@ def test_two_ways_to_plan_at_once_are_refused_by_both_names(fields: dict[str, An
         ({"device_budget": 1.5}, TypeError, "device_budget is a number of bytes"),
         ({"device_budget": 0}, ValueError, "more than 0 bytes"),
         ({"recompute": "auto", "keep_last": 1}, ValueError, "recompute='auto' asks for a plan .* keep_last=1 makes"),
-        ({"disk_checksums": True, "tier": "host"}, ValueError, "disk_checksums is used by the disk tier alone"),
         ({"max_slowdown": -0.1}, ValueError, "not negative"),
         ({"max_slowdown": "2%"}, TypeError, "a part of the step, such as 0.02"),
         ({"max_slowdown": True}, TypeError, "a part of the step, such as 0.02"),

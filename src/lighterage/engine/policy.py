@@ -131,11 +131,6 @@ class Policy:
             parse_bytes(self.host_budget, name="host_budget")
         if not isinstance(self.disk_checksums, bool):
             raise TypeError(f"disk_checksums is True or False; got {self.disk_checksums!r}.")
-        if self.disk_checksums and self.tier == "host":
-            raise ValueError(
-                'disk_checksums is used by the disk tier alone, and tier="host" was asked for. Leave it out, or take '
-                'tier="disk".'
-            )
         if self.disk_dir is not None:
             if not isinstance(self.disk_dir, str | os.PathLike):
                 raise TypeError(f"disk_dir is a path; got {self.disk_dir!r}.")
