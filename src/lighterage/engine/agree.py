@@ -14,8 +14,6 @@ from ..planner.timeline import Timeline
 PATIENCE_S = 10.0
 _LOOK_AGAIN_S = 0.02
 
-_num_rounds = 0
-
 
 def agreed(timeline: Timeline) -> tuple[Timeline, int]:
     """`timeline` with the most of what the ranks with the same sections measured, and how many ranks those are.
@@ -23,13 +21,13 @@ def agreed(timeline: Timeline) -> tuple[Timeline, int]:
     The ranks' words go through the key-value store that the job was started with, whatever the backend: nothing for the
     device to do, and a rank without an offloader holds nobody up for more than `PATIENCE_S`.
     """
-    global _num_rounds
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return timeline, 1
-    _num_rounds += 1
     store = dist.distributed_c10d._get_default_store()
-    prefix, world, rank = f"lighterage/{_num_rounds}", dist.get_world_size(), dist.get_rank()
+    world, rank = dist.get_world_size(), dist.get_rank()
+    # How often this rank has come here is the job's to know: a count of the process would outlive its process group.
+    prefix = f"lighterage/{store.add(f'lighterage/rounds/{rank}', 1)}"
     store.set(f"{prefix}/{rank}", f"{_form(timeline)}\n{timeline.to_json()}")
     keys = [f"{prefix}/{other}" for other in range(world)]
     # Asked again and again: a call that waits would hold the store up for whoever else needs it.
