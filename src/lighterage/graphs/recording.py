@@ -234,9 +234,20 @@ def _end(graph: torch.cuda.CUDAGraph, pool: Pool, stream: torch.cuda.Stream) -> 
     try:
         graph.capture_end()
     except Exception as error:
-        # PyTorch leaves its allocator in the capture where CUDA reports that the capture is broken.
-        for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-            with contextlib.suppress(Exception):
-                undo(stream.device_index, pool)
+        # PyTorch leaves its allocator in the capture where CUDA reports that the capture is broken. It does not where
+        # the graph was made and something was said about it (a warning that is an error here): then the graph has its
+        # share in the pool, and gives it up itself.
+        if not _is_made(graph):
+            for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with contextlib.suppress(Exception):
+                    undo(stream.device_index, pool)
         return error
     return None
+
+
+def _is_made(graph: torch.cuda.CUDAGraph) -> bool:
+    try:
+        graph.pool()
+    except RuntimeError:
+        return False
+    return True
