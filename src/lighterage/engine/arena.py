@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from ..errors import OffloadError
-from . import host_memory, prefault
+from . import background, host_memory, prefault
 from .captures import Tenure
 from .fenced_space import Claim, FencedSpace, Lease
 from .units import MIB, format_bytes, round_up
@@ -211,8 +211,10 @@ class Arena:
     def _outlive_graphs(self) -> None:
         for tenure in self._tenures:
             tenure.wait()
-        self.take_back()
-        self._let_go()
+        with background.unless_ending() as permitted:
+            if permitted:
+                self.take_back()
+                self._let_go()
 
     def _let_go(self) -> None:
         self._space.settle()
