@@ -336,11 +336,12 @@ def test_memory_is_committed_ahead_of_growths_and_given_back_when_the_needs_are_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(arena_module, "_AHEAD", 64 * MIB)
+    monkeypatch.setattr(arena_module, "_AT_ONCE", 8 * MIB)
     pinner = FakePinner()
     arena = Arena(pinner=pinner, budget=None, capacity=512 * MIB)
     arena.prepare()
     frontier = arena._frontier
-    assert frontier is not None and frontier.committed_or_under_way == 64 * MIB and not pinner.pinned
+    assert frontier is not None and frontier.committed_or_under_way == 0 and not pinner.pinned
     block = must(arena.acquire(40 * MIB))
     assert frontier.committed_or_under_way >= 104 * MIB and arena.bytes_reserved == 40 * MIB
     for part in block.parts:
@@ -378,7 +379,9 @@ def test_memory_stays_mapped_while_it_is_being_committed(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(prefault, "_madvise", lambda: slowly)
     arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)
+    monkeypatch.setattr(arena_module, "_AT_ONCE", 0)
     arena.prepare()
+    assert arena.acquire(60 * MIB, lambda: True) is None and not arena.settle()
     assert arena._frontier is not None
     memory.append(weakref.ref(arena._frontier._memory))
     num_chunks = len(arena._frontier._chunks)
@@ -403,23 +406,54 @@ def test_who_can_do_without_is_not_made_to_wait_for_memory_that_is_not_ready(mon
     monkeypatch.setattr(prefault, "_madvise", lambda: lambda *_: go_on.wait(10))
     arena = Arena(pinner=FakePinner(), budget=None, capacity=256 * MIB)
     arena.prepare()
-    assert arena.acquire(64 * MIB, lambda: True) is None and "made ready" in (arena.refusal or "")
+    frontier = arena._frontier
+    assert frontier is not None
+    assert must(arena.acquire(4 * MIB, lambda: go_on.set() or True)).nbytes == 4 * MIB, (
+        "so much is no wait worth the name"
+    )
+    go_on.clear()
+    for _ in range(2):
+        assert arena.acquire(32 * MIB, lambda: True) is None and "made ready" in (arena.refusal or "")
+    assert frontier.committed_or_under_way <= 8 * MIB, "nothing is committed beside a step that can do without"
     assert not arena.settle(), "what was declined will be needed"
+    assert 68 * MIB <= frontier.committed_or_under_way <= 80 * MIB, "just that is made ready then"
+    assert arena.acquire(64 * MIB, lambda: True) is None, "not yet"
     go_on.set()
     block = must(arena.acquire(64 * MIB, lambda: False))
     assert block.nbytes == 64 * MIB
-    assert arena._frontier is not None
-    arena._frontier.reach(128 * MIB)
+    assert not arena.settle()
+    frontier.reach(136 * MIB)
     assert must(arena.acquire(64 * MIB, lambda: True)).nbytes == 64 * MIB, "ready by now"
     assert arena.settle()
+
+
+def test_what_a_step_did_without_is_made_ready_by_degrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of many microbatches asks for the same bytes many times over."""
+    monkeypatch.setattr(arena_module, "_AT_ONCE", 0)
+    monkeypatch.setattr(arena_module, "_AT_FIRST", 16 * MIB)
+    monkeypatch.setattr(prefault, "_madvise", lambda: lambda *_: 0)
+    arena = Arena(pinner=FakePinner(), budget=None, capacity=1024 * MIB)
+    arena.prepare()
+    frontier = arena._frontier
+    assert frontier is not None
+    ready = []
+    for _ in range(3):
+        for _ in range(40):
+            arena.acquire(16 * MIB, lambda: True)
+        assert not arena.settle()
+        frontier.reach(frontier.committed_or_under_way)
+        ready.append(frontier.committed_or_under_way // MIB)
+    assert ready == [16, 32, 64]
 
 
 def test_nothing_is_committed_ahead_where_the_machine_cannot_spare_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory, "available_bytes", lambda: host_memory.spare_bytes() + 8 * MIB)
     arena = Arena(pinner=FakePinner(), budget=None, capacity=64 * MIB)
     arena.prepare()
-    assert arena._frontier is not None and arena._frontier.committed_or_under_way == 0
-    assert must(arena.acquire(4 * MIB)).nbytes == 4 * MIB
+    monkeypatch.setattr(arena_module, "_AT_ONCE", 0)
+    assert arena._frontier is not None
+    assert must(arena.acquire(4 * MIB, lambda: False)).nbytes == 4 * MIB
+    assert arena._frontier.committed_or_under_way <= 8 * MIB
 
 
 def _resident_bytes(arena: Arena) -> int | None:

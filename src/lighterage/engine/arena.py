@@ -25,7 +25,9 @@ _HUGE_PAGE = 2 * MIB
 _SMALL_NEED = MIB
 _SMALL_ARENA = 32 * MIB
 _AHEAD = 512 * MIB
-"""At least so much is committed ahead of what is pinned, while an arena prepares for its first step."""
+"""At least so much is committed ahead of what is pinned, while an arena grows for callers that have to wait."""
+_AT_FIRST = 4096 * MIB
+"""Of what a step did without, at most so much is made ready beside the next, or as much again as there is."""
 _PIN_RETRY_S = 5.0
 """For so long a growth as large as one that could not be pinned is refused untried: trying costs 0.7 s a GiB."""
 _LOOK_AGAIN_S = 0.1
@@ -33,6 +35,14 @@ _LOOK_AGAIN_S = 0.1
 
 _AT_ONCE = 128 * MIB
 """So much is waited for in any case: it takes some tens of milliseconds."""
+
+# Note [The first step]
+# Fresh pages have to be zeroed, and whoever maps memory meanwhile waits for those that do it. A first step maps much:
+# the device's code is loaded and the device's memory taken. Measured on a decoder of 8 layers (H100, 2.6 GiB to move):
+# 0.40 s without offload, 0.67 s with memory committed beside the first step on four threads, 0.42 s with nothing
+# committed in it. So what a caller can do without is not even begun in the first step. When it ends it is known what
+# was missing, and that is committed in the background, beside steps that map nothing.
+
 _CLOSED = "the arena is closed"
 _NOT_READY = "host memory was still being made ready, and the device had room"
 
@@ -103,19 +113,24 @@ class Arena:
         self._look_at_tenures_at = 0.0
 
     def prepare(self) -> None:
-        """Commit memory in the background, ahead of growths, until `settle`. Nothing of it is pinned or counted yet.
+        """Commit memory on several threads, and in the background where that serves, until `settle` says otherwise.
 
-        Fresh pages have to be zeroed, which takes as long as the whole first step: here it happens beside it.
+        See Note [The first step]. Nothing of it is pinned or counted before it is used.
         """
         if self._pinner is not None and self._frontier is None and not self._closed:
             self._frontier = prefault.Frontier(self._memory[: self._limit])
             self._advise("MADV_HUGEPAGE", 0, self._limit)
-            self._look_ahead(0)
 
     def settle(self) -> bool:
-        """A step is over. Whether the needs are known, since nothing was declined: what is left over is given back."""
-        if self._declined_bytes:
-            self._declined_bytes = 0
+        """A step is over. Whether the needs are known, since nothing was declined: what is left over is given back.
+
+        Otherwise what was declined is made ready beside the next step.
+        """
+        declined, self._declined_bytes = self._declined_bytes, 0
+        if declined:
+            reserved = self.bytes_reserved
+            ahead = min(declined, max(_AT_FIRST, reserved))
+            self._look_ahead(reserved + growth_step(ahead, reserved, self._limit - reserved))
             return False
         self._stop_preparing()
         return True
@@ -128,13 +143,12 @@ class Arena:
             if start < end:
                 self._advise("MADV_DONTNEED", start, end - start)
 
-    def _look_ahead(self, reserved: int) -> None:
-        """Have some more committed than is pinned, as far as the machine can spare it."""
+    def _look_ahead(self, end: int) -> None:
+        """Have the first `end` bytes committed some time soon, as far as the machine can spare them."""
         assert self._frontier is not None
-        end = min(reserved + self._declined_bytes + max(_AHEAD, reserved // 2), self._limit)
-        ahead = end - self._frontier.committed_or_under_way
+        ahead = min(end, self._limit) - self._frontier.committed_or_under_way
         if ahead > 0 and self._lack_of_memory(ahead) is None:
-            self._frontier.advance(end)
+            self._frontier.advance(min(end, self._limit))
 
     def acquire(self, nbytes: int, can_do_without: Callable[[], bool] | None = None) -> Block | None:
         """A block of `nbytes` bytes, or None: then `refusal` says why.
@@ -241,21 +255,20 @@ class Arena:
         if self._pinner is None:
             reason = self._lack_of_memory(needed)
             return needed if reason is None else self._refuse(reason)
-        if self._is_slow(size + needed) and can_do_without is not None and can_do_without():
-            self._declined_bytes += needed
-            self._look_ahead(size)
-            return self._refuse(_NOT_READY)
-        reason = None
         generous, exact = growth_step(needed, size, room), round_up(needed, _PAGE)
+        if self._frontier is not None and size + needed > _AT_ONCE:
+            if can_do_without is None or not can_do_without():
+                # The caller waits for these, and will for the next.
+                self._look_ahead(size + generous + max(_AHEAD, size // 2))
+            elif not self._frontier.has_reached(size + needed):
+                self._declined_bytes += needed
+                return self._refuse(_NOT_READY)
+        reason = None
         for step in (generous, exact) if exact < generous else (generous,):
             reason = self._lack_of_memory(self._uncommitted(size, step)) or self._pin(self._pinner, size, step)
             if reason is None:
                 return step
         return self._refuse(reason or "")
-
-    def _is_slow(self, end: int) -> bool:
-        """Whether growing to `end` bytes now would wait for memory that is still being made ready."""
-        return self._frontier is not None and end > _AT_ONCE and not self._frontier.has_reached(end)
 
     def _uncommitted(self, offset: int, nbytes: int) -> int:
         """How many bytes of `[offset, offset + nbytes)` the machine has not given yet."""
@@ -272,7 +285,6 @@ class Arena:
             self._advise("MADV_HUGEPAGE", offset, nbytes)
             prefault.prefault(self._address + offset, nbytes)
         else:
-            self._look_ahead(offset + nbytes)
             self._frontier.reach(offset + nbytes)
         # Recorded first: an interrupt that lands while the driver pins leaves a segment that the next growth finds.
         self._segment_ends.append(offset + nbytes)
