@@ -130,8 +130,8 @@ def _memory(found: Findings) -> list[str]:
     if found.pin_bytes_per_s:
         seconds = (1 << 30) / found.pin_bytes_per_s
         lines.append(
-            f"Pinning: {seconds:.2f} s a GiB. It is done beside the first step, and what is not ready then stays on "
-            "the device for that step."
+            f"Pinning: {seconds:.2f} s a GiB. It is done beside the steps after the first, and what is not ready stays "
+            "on the device meanwhile, if that has room."
         )
     elif not found.is_accelerator:
         lines.append("Pinning: does not apply without an accelerator.")

@@ -14,8 +14,9 @@ from typing import Protocol
 
 import torch
 
+from .. import background
 from ..errors import OffloadError
-from . import background, host_memory, prefault
+from . import host_memory, prefault
 from .captures import Tenure
 from .fenced_space import Claim, FencedSpace, Lease
 from .units import MIB, format_bytes, round_up

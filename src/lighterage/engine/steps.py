@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 
+from .. import background
 from ..errors import OffloadError
 from .backward_order import BackwardOrder
 from .lanes import Wait
@@ -111,7 +112,7 @@ class Steps:
             ended.append((step, index))
             steps = this() if closed.is_set() else None
             if steps is not None and os.getpid() == steps._pid:
-                threading.Thread(target=steps.close, name="lighterage-close", daemon=True).start()
+                background.start(steps.close, "lighterage-close")
 
         return note
 

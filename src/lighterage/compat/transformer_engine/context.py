@@ -10,7 +10,7 @@ from types import TracebackType
 
 import torch
 
-from lighterage import LiveSection, Offloader, OffloadError
+from lighterage import LiveSection, Offloader, OffloadError, background
 from lighterage.compat.transformer_engine.manual import ManualOffloadSynchronizer, check_layer
 from lighterage.unseen import unseen
 
@@ -175,4 +175,4 @@ class DisabledContext(contextlib.nullcontext[None]):
 
 def _close_apart(offloader: Offloader) -> None:
     # The garbage collector may run this anywhere, also where the offloader's lock is held: a thread may wait for it.
-    threading.Thread(target=offloader.close, name="lighterage-close", daemon=True).start()
+    background.start(offloader.close, "lighterage-close")

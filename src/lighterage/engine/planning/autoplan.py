@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import threading
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from ... import background
 from ...errors import BudgetError
 from ...planner.plan import Plan
 from ...planner.prediction import Prediction
@@ -245,7 +245,7 @@ class Autoplan:
         if self._device.type == "cpu":
             self._job.run()
         else:
-            threading.Thread(target=self._job.run, name="lighterage-plan", daemon=True).start()
+            background.start(self._job.run, "lighterage-plan")
 
     def _adopt(self, job: Planning) -> None:
         """Carry out, from this step on, what was planned.

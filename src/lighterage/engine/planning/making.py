@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 import threading
 import time
+from collections.abc import Iterator
 
 from ...planner.choose import plan as make_plan
 from ...planner.goal import Goal
@@ -55,14 +58,45 @@ class Planning:
             if self._agree:
                 self.timeline, self.num_ranks = agreed(self.timeline)
             start = time.perf_counter()
-            self.plan = make_plan(self.timeline, self._link, self._goal)
-            self.prediction = simulate(self.timeline, self.plan, self._link)
+            with _giving_way():
+                self.plan = make_plan(self.timeline, self._link, self._goal)
+                self.prediction = simulate(self.timeline, self.plan, self._link)
             self.ms = (time.perf_counter() - start) * 1e3
         except Exception as error:  # it belongs to whoever begins the next step
             # Its traceback would hold the frames below this one, and with them a step that could then never end.
             self.error = error.with_traceback(None)
             self.error.__context__ = None
         self.done.set()
+
+
+# Note [Planning beside the steps]
+# A plan is half a second of pure Python, and the steps go on meanwhile. Whoever wants the interpreter's lock from a
+# thread that computes is given it after the switch interval, 5 ms by default; backward asks for it at each saved
+# tensor, so that steps of 180 ms took 800 while a plan was made. With a short interval they wait next to nothing, and
+# the plan takes a little longer.
+
+_SWITCH_S = 5e-5
+_switching = threading.Lock()
+_num_giving_way = 0
+_usual_s = 0.0
+
+
+@contextlib.contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let other threads have the interpreter soon after they ask for it. See Note [Planning beside the steps]."""
+    global _num_giving_way, _usual_s
+    with _switching:
+        if not _num_giving_way:
+            _usual_s = sys.getswitchinterval()
+            sys.setswitchinterval(min(_SWITCH_S, _usual_s))
+        _num_giving_way += 1
+    try:
+        yield
+    finally:
+        with _switching:
+            _num_giving_way -= 1
+            if not _num_giving_way:
+                sys.setswitchinterval(_usual_s)
 
 
 def _cautious(link: Link) -> Link:

@@ -10,7 +10,7 @@ import pytest
 
 BUSY = """
     import threading, torch
-    from lighterage.engine import background
+    from lighterage import background
 
     x, y = torch.randn(3000, 3000), torch.empty(3000, 3000)
 

@@ -27,12 +27,13 @@ _num_working = 0
 _is_ending = False
 
 
-def start(run: Callable[[], object], name: str) -> threading.Thread:
-    """Call `run`, which ends by itself, in a thread; the end of the interpreter waits for it."""
+def start(run: Callable[[], object], name: str) -> None:
+    """Call `run`, which ends by itself, in a thread; the end of the interpreter waits for it, and starts none."""
+    if _is_ending:
+        return
     thread = threading.Thread(target=run, name=name, daemon=True)
     _threads.add(thread)
     thread.start()
-    return thread
 
 
 @contextlib.contextmanager
