@@ -18,13 +18,15 @@ def times(milliseconds: float) -> dict[str, Any]:
 @pytest.mark.parametrize("reached", [True, False])
 def test_each_figure_stands_beside_what_it_has_to_reach(reached: bool) -> None:
     moved = {"bytes_out": 1 << 30, "bytes_in": 1 << 30}
+    beside = {"way": "w", "num_multiprocessors": 66, "replay": times(5), "kernel": times(5)}
     rows = {
         "decoder": [
             {"policy": "p", "eager": times(100), "graph": times(101 if reached else 103), "loss_equal": True, **moved}
         ],
         "narrow": [{"eager": times(30), "graph": times(10 if reached else 29), "graphs apart": times(12)}],
         "overlap": [
-            {"way": "w", "num_programs": 66, "replay": times(5), "kernel": times(5), "both": times(6 if reached else 9)}
+            {"in_pairs": True, "both": times(6 if reached else 9), **beside},
+            {"in_pairs": False, "both": times(10), **beside},
         ],
     }
     text = graphs.to_markdown(rows, capture(torch.device("cpu"), "benchmarks.graphs"))
