@@ -35,3 +35,9 @@ def test_ranges_of_a_block_in_two_registrations_have_no_address_and_others_have_
     torn.clear()
     assert arena.bytes_in_use == 0
     arena.close()
+
+
+def test_nothing_stays_for_the_room_there_is_where_it_must_leave() -> None:
+    transport = HostTransport.__new__(HostTransport)
+    transport.must_leave = True
+    assert not transport.has_room()

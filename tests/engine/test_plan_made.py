@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lighterage
 from lighterage import Offloader, Policy
 from lighterage.engine.planning import autoplan, checks
+from lighterage.engine.stores import Stores
 from lighterage.errors import BudgetError
 from lighterage.planner.plan import Move, Plan, SectionPlan
 from lighterage.planner.timeline import Link
@@ -516,3 +517,36 @@ def test_what_is_no_plan_is_told(link: list[Link]) -> None:
     told = r"use_plan takes a lighterage\.Plan .* got a str and a str"
     with offload(model) as offloader, pytest.raises(TypeError, match=told):
         offloader.use_plan("x", "y")  # type: ignore[arg-type]
+
+
+def test_a_step_that_waited_for_host_memory_is_not_timed(link: list[Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    def steps_to_plan(sizes: list[int]) -> int:
+        reserved = iter([*sizes, *[sizes[-1]] * 1000])
+        monkeypatch.setattr(Stores, "host_bytes_reserved", property(lambda _: next(reserved)))
+        _, model = pair()
+        with offload(model, max_slowdown=1.0) as offloader:
+            for count in range(40):
+                if offloader.plan is not None:
+                    return count
+                train(model, rows(), 1)
+        raise AssertionError("no plan")
+
+    usual = steps_to_plan([7])
+    # It is asked as each step begins, and as each ends that might be timed: three of them are passed over.
+    assert steps_to_plan([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6]) == usual + autoplan.MOST_RESTARTS
+
+
+def test_memory_is_made_ready_anew_for_each_plan(link: list[Link], monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = []
+    monkeypatch.setattr(Stores, "prepare", lambda stores: prepared.append(stores))
+    _, model = pair()
+    with offload(model, max_slowdown=1.0) as offloader:
+        train(model, rows(), STEPS_TO_PLAN + 2)
+        assert len(prepared) == 1
+        assert offloader.plan is not None and offloader.timeline is not None
+        offloader.use_plan(offloader.plan, offloader.timeline)
+        train(model, rows(), 2)
+        assert len(prepared) == 1, "it is the same plan"
+        offloader.use_plan(Plan.from_json(offloader.plan.to_json()), offloader.timeline)
+        train(model, rows(), 2)
+        assert len(prepared) == 2

@@ -39,6 +39,8 @@ class Accelerator:
         self._buried: collections.deque[tuple[torch.UntypedStorage, Fence]] = collections.deque()
         self._keys: set[int] = set()
         self._last_key: int | None = None
+        self.must_leave = False
+        """Whether nothing may stay on the device merely because there is room."""
         self._has_room = False
         self._look_again_at = 0.0
 
@@ -108,7 +110,7 @@ class Accelerator:
 
     def has_room(self) -> bool:
         """Whether so much of the device is free that what could leave it may as well stay for a while."""
-        if self._streams.capturing():
+        if self.must_leave or self._streams.capturing():
             return False  # what a graph does it does at each replay: rather wait once
         now = time.monotonic()
         if now >= self._look_again_at:

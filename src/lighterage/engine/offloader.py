@@ -75,8 +75,11 @@ class Offloader:
     def _make_autoplan(self) -> Autoplan:
         device = next(iter(self._residents.accelerators), torch.device("cpu"))
         tier = self._policy.tier
-        link = functools.partial(measure_link, device, tier)
-        return Autoplan(self._policy, self._traffic, self._modules.module_of, device, link)
+        link = functools.partial(measure_link, device, tier, self._policy.disk_dir)
+        stores = self._stores
+        return Autoplan(
+            self._policy, self._traffic, self._modules.module_of, device, link, lambda: stores.host_bytes_reserved
+        )
 
     def _attach(self) -> None:
         opener = self._opener

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .. import background
 from ..errors import OffloadError
+from ..planner.plan import Plan
 from .backward_order import BackwardOrder
 from .lanes import Wait
 from .ledger import Ledger
@@ -57,6 +58,7 @@ class Steps:
         self._num_open = 0
         self._num_passed = 0
         self._settled = False
+        self._prepared_for: Plan | None = None
         self._named: dict[str, None] = {}
         self._kept_names: frozenset[str] | None = None
         self._release_waits: collections.deque[Wait] = collections.deque(maxlen=1024)
@@ -78,6 +80,10 @@ class Steps:
             return
         if not any(one.begun for one in between):
             self._auto.step_begins()
+            if self._auto.plan is not self._prepared_for:
+                self._prepared_for = self._auto.plan
+                self._stores.prepare()
+                self._settled = False
 
     def opened(self) -> None:
         """One more section is open."""

@@ -69,10 +69,18 @@ class Stores:
             return None
         pinned = device.type == "cuda"
         if tier == "host":
-            return HostTransport(device, self._arena(pinned), self._before_copies)
+            transport = HostTransport(device, self._arena(pinned), self._before_copies)
+            # Within a budget what is to leave must leave, however much of the device is free.
+            transport.must_leave = self._policy.device_budget_bytes is not None
+            return transport
         if self._passage is None:
             self._passage = Arena(pinner=CudaPinner() if pinned else None, budget=PASSAGE_BYTES)
         return DiskTransport(device, self._passage, self._open_disk(), self._before_copies)
+
+    def prepare(self) -> None:
+        """More may have to rest at once than before: make memory ready beside the steps, until `settle`."""
+        for arena in self._arenas.values():
+            arena.prepare()
 
     def settle(self) -> bool:
         """A step is over: whether it is known by now what rests at once."""

@@ -29,6 +29,8 @@ from .step_log import StepLog
 
 # So many steps are timed; of each phase the shortest counts, which leaves the noise of first times out.
 TIMED_STEPS = 2
+# So often a step is passed over that is not like the first, or that waited for host memory.
+MOST_RESTARTS = 3
 # After each new plan so many steps pass, doubled each time, before drift may ask for the next.
 PATIENCE = 4
 
@@ -60,9 +62,13 @@ class Autoplan:
         module_of: Callable[[str], nn.Module | None],
         device: torch.device,
         measure_link: Callable[[], Link],
+        reserved_bytes: Callable[[], int],
     ) -> None:
+        """`reserved_bytes`: of host memory, so far. A step in which it grew has waited for that."""
         self._policy = policy
         self._measure_link = measure_link
+        self._reserved_bytes = reserved_bytes
+        self._reserved_before = 0
         self._device = device
         self._clock = clock_of(device)
         self._gauge = Gauge(device)
@@ -141,6 +147,7 @@ class Autoplan:
         if capturing(self._device):
             return  # what is captured does not run, so that it takes no time: it is none of the steps
         self._look()
+        self._reserved_before = self._reserved_bytes()
         if self._stage is Stage.PLANNED:
             assert self._course is not None
             # What is saved has to be told for the peak where no allocator can tell it.
@@ -190,11 +197,15 @@ class Autoplan:
             measured.begin(log)
             self._stage = Stage.TIMING
         elif self._stage is Stage.TIMING:
-            if measured.is_like_first(log) or self._restarts >= 3:
+            if self._restarts >= MOST_RESTARTS:
                 measured.timed.append(log)
-            else:
+            elif not measured.is_like_first(log):
                 self._restarts += 1
                 self._stage = Stage.SIZING
+            elif self._reserved_bytes() > self._reserved_before:
+                self._restarts += 1  # what it waited for will not be waited for again
+            else:
+                measured.timed.append(log)
         elif self._stage is Stage.TRIAL:
             measured.trial = log
 
