@@ -106,10 +106,10 @@ def _show(args: argparse.Namespace, timeline: Timeline, links: list[Link], goal:
         f"{size(kept.peak_bytes)} with everything kept."
     )
     status = 0
-    curves: list[tuple[str, tuple[ParetoPoint, ...]]] = []
+    curves: list[tuple[Link, tuple[ParetoPoint, ...]]] = []
     for link in links:
         curve = pareto(timeline, link, recompute=args.recompute)
-        curves.append((link.name or "link", curve))
+        curves.append((link, curve))
         print(f"\n{_named(link)}")
         print(_table(curve, kept.peak_bytes))
         if goal is None:
@@ -127,7 +127,8 @@ def _show(args: argparse.Namespace, timeline: Timeline, links: list[Link], goal:
     draw_curves(
         curves,
         path=args.out,
-        title=f"{timeline.device or 'A step'} of {timeline.step_ms:.0f} ms: peak memory against step time",
+        device=timeline.device or "a device without a name",
+        step_ms=timeline.step_ms,
         kept_bytes=kept.peak_bytes,
         budget_bytes=goal.device_budget if goal else None,
         max_slowdown=goal.max_slowdown if goal else None,
