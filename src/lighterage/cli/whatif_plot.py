@@ -21,7 +21,10 @@ from lighterage.planner.timeline import Link
 _COLORS = ("#1f6f8b", "#b5482a", "#3b7d3b", "#7a4fa3", "#a3812a")
 _KEPT = "#666666"
 _WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
-_MULTIPLES = (1.0, 1.001, 1.002, 1.005, 1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000)
+_MULTIPLES = (
+    *(1 + digit * 10.0**power for power in (-6, -5, -4, -3, -2, -1) for digit in (1, 2, 5)),
+    *(digit * 10.0**power for power in range(16) for digit in (1, 2, 3, 5)),
+)
 
 
 def draw_curves(
@@ -52,7 +55,12 @@ def draw_curves(
     axes.set_ylabel(f"peak of device memory ({name})")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"Peak memory against step time: a step of {step_ms:.1f} ms on {device}", fontsize=11, loc="left")
+    axes.set_title(
+        f"Peak memory against step time: a step of {step_ms:.1f} ms on {device}",
+        fontsize=11,
+        loc="left",
+        parse_math=False,
+    )
 
     taken = _key(axes, curves)
     lines: list[Line] = [_across(axes, kept_bytes / unit, _KEPT, "-")]
@@ -109,7 +117,7 @@ def _time_axis(axes: Axes, longest: float, step_ms: float) -> None:
     axes.set_xlim(1 - (0.02 * end) ** 2, 1 + (1.07 * end) ** 2)
     ticks = [1.0]
     for multiple in _MULTIPLES:
-        if multiple <= 1 + longest and math.sqrt(multiple - 1) - math.sqrt(ticks[-1] - 1) > 0.08 * end:
+        if ticks[-1] < multiple <= 1 + longest and math.sqrt(multiple - 1) - math.sqrt(ticks[-1] - 1) > 0.08 * end:
             ticks.append(multiple)
     axes.set_xticks(ticks, [f"{tick:.10g} ×\n{tick * step_ms:.4g} ms" for tick in ticks], minor=False)
     axes.set_xlabel(
@@ -132,6 +140,7 @@ def _key(axes: Axes, curves: Sequence[tuple[Link, Sequence[ParetoPoint]]]) -> li
             fontweight="bold",
             fontsize=9,
             bbox=_WHITE,
+            parse_math=False,  # a name is no formula, whatever is in it
         )
         for number, (link, _) in enumerate(curves)
     ]
