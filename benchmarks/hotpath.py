@@ -35,23 +35,24 @@ from lighterage.engine import (
     cpu,
     cuda,
     handles,
-    offloader,
+    opening,
     packing,
     pinned_disk,
     pinned_host,
+    steps,
     streams,
     traffic,
 )
 
 SAVES = 24
 PARTS: list[tuple[object, str, str]] = [
-    (offloader.Offloader, "_open_section", "section: open"),
-    (offloader.Offloader, "close_section", "section: close"),
+    (opening.Opener, "_open_section", "section: open"),
+    (steps.Steps, "close_section", "section: close"),
     (packing.Packer, "pack", "pack"),
     (traffic.Traffic, "gather", "gather"),
     (traffic.Traffic, "flush", "flush"),
     (traffic.Traffic, "release", "release"),
-    (offloader.Offloader, "visit", "visit"),
+    (steps.Steps, "visit", "visit"),
     (traffic.Traffic, "come_back_for", "reload: plan"),
     (traffic.Traffic, "_bring_back", "reload: start"),
     (traffic.Traffic, "load", "load"),

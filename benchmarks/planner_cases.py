@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import lighterage
-from benchmarks import decoder_modes
+from benchmarks import decoder_modes, planner_host
 from benchmarks.decoder_cases import GIB, Row, spread, synchronize, timed_step
 from benchmarks.decoder_model import CheckpointedDecoder, Decoder, build, inputs, twin
 from benchmarks.decoder_modes import Mode
@@ -235,46 +235,13 @@ def peers(bench: Bench, rounds: int) -> list[Row]:
 
 
 def host_time(bench: Bench, device: torch.device, rounds: int) -> Row:
-    """Host time that carrying out the plan of the wide model adds to a step, on a model that waits for its host.
-
-    The narrow model is of the same layers, so the plan fits it save by save; from the first call of forward to the
-    return of backward nothing is waited for, and what the device takes hides behind the host.
-    """
-    with planned(bench, max_slowdown=0.01, recompute="never") as (mode, row):
-        plan, timeline = mode.offloader.plan, mode.offloader.timeline
-    shape = HOST_BOUND if device.type == "cuda" else TINY
-    narrow = build(shape, device)
-    x, probe = inputs(shape, device)
-    plain = Mode(name="none", model=twin(narrow))
-    ours = twin(narrow)
-    offloader = lighterage.offload(ours.layers, min_bytes=16384)
-    offloader.use_plan(plan, timeline)
-    modes = {"none": plain, "planned": Mode(name="planned", model=ours, offloader=offloader)}
-    times: dict[str, list[float]] = {name: [] for name in modes}
-    for turn in range(-5, rounds):
-        for name, one in modes.items():
-            one.model.zero_grad(set_to_none=True)
-            synchronize(device)
-            gc.disable()  # a collection in one of the two would be taken for its cost
-            start = time.perf_counter()
-            loss = one.model(x, probe)
-            loss.backward()
-            elapsed = (time.perf_counter() - start) * 1e3
-            gc.enable()
-            del loss
-            if turn >= 0:
-                times[name].append(elapsed)
-    moved = offloader.stats().bytes_out
-    offloader.close()
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    return {
-        "host_ms": {name: spread(values) for name, values in times.items()},
-        "added_ms": medians["planned"] - medians["none"],
-        "moved_allocations": plan.num_moves,
-        "bytes_out": moved,
-        "step_ms": row["timeline_step_ms"],
-        "planning_ms": row["planning_ms"],
-    }
+    """Host time of planning: that of each step beside the step of the wide model, and that of making its plan, once."""
+    with planned(bench, max_slowdown=0.01, recompute="never") as (_, row):
+        pass
+    cuda = device.type == "cuda"
+    shape, policy = (HOST_BOUND, {"min_bytes": 16384}) if cuda else (TINY, {"min_bytes": 1024, "tier": "host"})
+    found = planner_host.host_time(shape, device, rounds, row["timeline_step_ms"], **policy)
+    return found | {"making_ms": row["planning_ms"]}
 
 
 def stack(shape: StackShape, recipe: str, device: torch.device, rounds: int) -> list[Row]:

@@ -100,5 +100,8 @@ def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
     assert all(row["planned"] for row in results["goals"])
     assert all(row["equal"] for row in results["bits"])
     assert len(results["checkpoint"]) == TINY.layers + 1
+    host = results["host"]
+    assert set(host["host_ms"]) == {"none", "by hand", "planned", "timed again"} and host["planning_ms"]["num"] == 3
+    assert len(set(host["bytes_out"].values())) == 1 and host["copies_out"]["planned"] > 0
     assert "peak ≤ 12.1 GiB" in capsys.readouterr().out
     assert (tmp_path / "timeline-0.json").exists()

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lighterage
-from lighterage.engine import agree
+from lighterage.engine.planning import agree
 from lighterage.planner.plan import Plan
 from lighterage.planner.timeline import Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import lighterage
-from lighterage.engine import allocation
+from lighterage.engine import buffers
 from lighterage.engine.offloader import Offloader
 
 BYTES_OF_A_VALUE = 1024
@@ -77,7 +77,7 @@ class Node(torch.autograd.Function):
         saved = (x, y, *views) if save_output else (x, *views)
         ctx.save_for_backward(*saved)
         ctx.side, ctx.num_views = side, len(views)
-        ctx.places = [tensor.data_ptr() % allocation.CONGRUENCE if tensor.numel() else None for tensor in saved]
+        ctx.places = [tensor.data_ptr() % buffers.CONGRUENCE if tensor.numel() else None for tensor in saved]
         return y
 
     @staticmethod
@@ -85,7 +85,7 @@ class Node(torch.autograd.Function):
         saved = ctx.saved_tensors
         ctx.side.log.append([bits(tensor) for tensor in saved])
         for tensor, place in zip(saved, ctx.places, strict=True):
-            assert place is None or tensor.data_ptr() % allocation.CONGRUENCE == place, "an address changed modulo 512"
+            assert place is None or tensor.data_ptr() % buffers.CONGRUENCE == place, "an address changed modulo 512"
         return (None, grad * saved[0].cos(), None, *[None] * ctx.num_views)
 
 

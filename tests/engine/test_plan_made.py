@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighterage
 from lighterage import Offloader, Policy
-from lighterage.engine import autoplan
+from lighterage.engine.planning import autoplan, checks
 from lighterage.errors import BudgetError
 from lighterage.planner.plan import Move, Plan, SectionPlan
 from lighterage.planner.timeline import Link
@@ -64,7 +64,7 @@ def rows(num: int = 64) -> list[Tensor]:
 def link(monkeypatch: pytest.MonkeyPatch) -> list[Link]:
     """The link that is measured: the last of the list. It is not the real one, so that steps may well be slower."""
     links = [FAST]
-    monkeypatch.setattr(autoplan, "SLOWER", 1e9)
+    monkeypatch.setattr(checks, "SLOWER", 1e9)
     monkeypatch.setattr("lighterage.engine.offloader.measure_link", lambda *_: links[-1])
     return links
 
@@ -411,8 +411,8 @@ def test_steps_that_take_longer_than_foreseen_are_measured_anew(
     link: list[Link], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(autoplan, "PATIENCE", 1)
-    monkeypatch.setattr(autoplan, "CHECK_EVERY", 4)
-    monkeypatch.setattr(autoplan, "SLOWER", 5.0)
+    monkeypatch.setattr(checks, "CHECK_EVERY", 4)
+    monkeypatch.setattr(checks, "SLOWER", 5.0)
     link.append(SLOW)
     _, model = pair()
     with offload(model, recompute="never") as offloader:

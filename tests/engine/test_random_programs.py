@@ -176,7 +176,7 @@ class Programs(RuleBasedStateMachine):
 def test_any_program_gives_the_same_bits_and_leaves_nothing(aligned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if aligned:  # as on an accelerator: most of what comes back is allocated as the tensor that was saved
         monkeypatch.setattr("lighterage.engine.cpu.CpuTransport.alignment", 64)
-        monkeypatch.setattr("lighterage.engine.allocation.CONGRUENCE", 64)
+        monkeypatch.setattr("lighterage.engine.buffers.CONGRUENCE", 64)
     run_state_machine_as_test(Programs, settings=settings(max_examples=80, stateful_step_count=40))
 
 

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from lighterage import Policy
-from lighterage.engine.allocation import Allocation, Stage, Unused
+from lighterage.engine.allocation import Allocation, Stage
 from lighterage.engine.offloader import Offloader
 from lighterage.engine.traffic import Traffic
+from lighterage.engine.unused import Unused
 from lighterage.engine.views import ViewSpec
 
 KIB = 1024

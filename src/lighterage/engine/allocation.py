@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import enum
 import sys
 from collections.abc import Callable, Sequence
@@ -11,17 +10,18 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import spans
-from .lanes import FINISHED, Fence, Resting, Transport, Wait
+from .buffers import Buffer, room_for
+from .joint_fence import AllOf
+from .lanes import Fence, Resting, Transport, Wait
 from .ledger import Row
 from .spans import Span
-from .views import ViewSpec, as_bytes, byte_view, changed_in_place, rebuild, share_counter
+from .unused import Unused
+from .views import ViewSpec, byte_view, changed_in_place, rebuild, share_counter
 
 # Ranges nearer than this to each other travel in one copy: the bytes between cost less than a second call.
 COPY_GAP = 4096
 # Reloaded ranges farther apart than this get buffers of their own.
 BUFFER_GAP = 1 << 20
-# Reloaded bytes keep their address modulo this, so that kernels choose the same code path (vector width, alignment).
-CONGRUENCE = 512
 
 
 class Stage(enum.Enum):
@@ -40,36 +40,6 @@ _HELD, _AWAY, _BACK = Stage.HELD, Stage.AWAY, Stage.BACK
 
 _Piece = tuple[int, int, Resting]
 """A range [lo, hi) that was copied out, and where it rests."""
-
-
-class _Buffer:
-    """Device memory that ranges were reloaded into, or are held in. Byte 0 of the allocation lies at byte `shift`.
-
-    All saved tensors are rebuilt over the one tensor `memory`, and count what is written to them together.
-    """
-
-    __slots__ = ("fence", "hi", "lo", "made_on", "memory", "shared_with", "shift", "spec", "version")
-
-    def __init__(self, lo: int, hi: int, memory: torch.Tensor, shift: int, spec: ViewSpec | None, made_on: int) -> None:
-        self.lo = lo
-        self.hi = hi
-        self.memory = memory
-        self.shift = shift
-        self.spec = spec
-        """The view that `memory` is by itself, where it was allocated for one."""
-        self.made_on = made_on
-        """The stream whose pool the memory is from."""
-        self.fence: Fence = FINISHED
-        self.version = memory._version
-        self.shared_with: set[int] | None = None
-        """Other streams that the allocator knows to use it."""
-
-    def bytes(self, lo: int, hi: int) -> torch.Tensor:
-        """Bytes [lo, hi) of the allocation, as a contiguous tensor."""
-        memory, shift = self.memory, self.shift
-        if lo + shift == 0 and hi - lo == memory.nbytes:
-            return memory
-        return as_bytes(memory)[lo + shift : hi + shift]
 
 
 SavedAt = tuple[str, int, int]
@@ -156,10 +126,10 @@ class Allocation:
         self.covered: Sequence[Span] = ((lo, hi),) if lo < hi else ()
         self.pending: Sequence[Span] = self.covered
         self.saved_at: list[SavedAt] = []
-        self.buffers: Sequence[_Buffer] = ()
+        self.buffers: Sequence[Buffer] = ()
         self._pieces: Sequence[_Piece] = ()
         self.storage_ref: StorageWeakRef | None = None
-        self._ground: _Buffer | None = None
+        self._ground: Buffer | None = None
         """What saved tensors that were asked for while it was held are rebuilt over."""
         self._left: Fence | None = None
         self._left_from: Sequence[int] = ()
@@ -228,11 +198,11 @@ class Allocation:
             left = rest.left
             if self._left is None:
                 self._left = left
-            elif type(self._left) is _All:
+            elif type(self._left) is AllOf:
                 if self._left.fences[-1] is not left:
                     self._left.fences.append(left)
             elif self._left is not left:
-                self._left = _All(self._left, left)
+                self._left = AllOf(self._left, left)
 
     # --- staying, leaving, coming back ----------------------------------------------------------------------------
 
@@ -322,34 +292,16 @@ class Allocation:
         pieces = self._pieces
         if len(pieces) == 1:
             lo, hi, resting = pieces[0]
-            buffer = self._buffer(lo, hi, stream)
+            buffer = room_for(self.transport, self.spec, self.address, lo, hi, stream)
             self.buffers = (buffer,)
             return [(resting, buffer.memory if buffer.spec is not None else buffer.bytes(lo, hi))]
         ranges = spans.merge([(lo, hi) for lo, hi, _ in pieces], BUFFER_GAP)
-        self.buffers = [self._buffer(lo, hi, stream) for lo, hi in ranges]
+        self.buffers = [room_for(self.transport, self.spec, self.address, lo, hi, stream) for lo, hi in ranges]
         work: list[tuple[Resting, torch.Tensor]] = []
         for lo, hi, resting in pieces:
             buffer = next(b for b in self.buffers if b.lo <= lo and hi <= b.hi)
             work.append((resting, buffer.bytes(lo, hi)))
         return work
-
-    def _buffer(self, lo: int, hi: int, stream: int) -> _Buffer:
-        # Note [Same address modulo 512]: an allocator that starts on multiples of 512 needs no more bytes than there
-        # are, which lets the buffer fit into the hole that the original left. Memory at odd addresses came from
-        # elsewhere; it keeps its offset instead, so that elements stay aligned.
-        transport, spec, address = self.transport, self.spec, self.address
-        if address % 16:
-            address = 0
-        start = (address + lo) % CONGRUENCE
-        if transport.alignment % CONGRUENCE == 0:
-            if start == 0 and spec.dense and lo == spec.lo and hi == spec.hi:
-                # The most usual case: it needs no view at all.
-                return _Buffer(lo, hi, transport.allocate_as(spec.size, spec.stride, spec.dtype), -lo, spec, stream)
-            memory = transport.allocate((hi - lo + start,), torch.uint8)
-        else:
-            memory = transport.allocate((hi - lo + CONGRUENCE,), torch.uint8)
-            start = (address + lo - memory.data_ptr()) % CONGRUENCE if address else lo % CONGRUENCE
-        return _Buffer(lo, hi, memory, start - lo, None, stream)
 
     def returning(self, fence: Fence, unused: Unused) -> None:
         """The copies that `room` named are under way. Until its first use it counts in `unused`."""
@@ -376,7 +328,7 @@ class Allocation:
             if buffer is None:
                 assert storage is not None
                 nbytes = storage.nbytes()
-                buffer = self._ground = _Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
+                buffer = self._ground = Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
             return self._on(buffer, spec, 0), None
         buffer = self.buffers[0]
         lo, hi = spec.lo, spec.hi
@@ -393,7 +345,7 @@ class Allocation:
             return memory, wait
         return self._on(buffer, spec, buffer.shift), wait
 
-    def _share(self, buffer: _Buffer, stream: int) -> None:
+    def _share(self, buffer: Buffer, stream: int) -> None:
         """Let the allocator know that `stream` uses the memory, which is from the pool of another."""
         if buffer.shared_with is None:
             buffer.shared_with = set()
@@ -401,7 +353,7 @@ class Allocation:
             self.transport.share(buffer.memory.untyped_storage())
             buffer.shared_with.add(stream)
 
-    def _on(self, buffer: _Buffer, spec: ViewSpec, shift: int) -> torch.Tensor:
+    def _on(self, buffer: Buffer, spec: ViewSpec, shift: int) -> torch.Tensor:
         num_changes = buffer.memory._version - buffer.version
         if num_changes:
             raise changed_in_place(str(spec.dtype), spec.size, self.version, self.version + num_changes, self.row.name)
@@ -429,62 +381,3 @@ def _somebody_else_holds(storage: torch.UntypedStorage) -> bool:
 
 
 _use_count: Callable[[int], int] = torch._C._storage_Use_Count
-
-
-class Unused:
-    """Bytes that have come back and wait for their first use, by allocation."""
-
-    __slots__ = ("_by_id", "_dropped", "_total")
-
-    def __init__(self) -> None:
-        self._by_id: dict[int, int] = {}
-        self._dropped: collections.deque[int] = collections.deque()
-        self._total = 0
-
-    def add(self, allocation: int, nbytes: int) -> None:
-        self._by_id[allocation] = nbytes
-        self._total += nbytes
-
-    def use(self, allocation: int) -> bool:
-        """Count an allocation as used; whether it was not before. Called with the offloader's lock held."""
-        nbytes = self._by_id.pop(allocation, None)
-        if nbytes is None:
-            return False
-        self._total -= nbytes
-        return True
-
-    def drop(self, allocation: int) -> None:
-        """An allocation is gone. Called from finalizers in any thread, so the sum is left to whoever has the lock."""
-        nbytes = self._by_id.pop(allocation, None)
-        if nbytes is not None:
-            self._dropped.append(nbytes)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in all. Called with the lock held."""
-        while self._dropped:
-            self._total -= self._dropped.popleft()
-        return self._total
-
-
-class _All:
-    """Copies that were started at different times: an earlier one may have failed where the last one has not."""
-
-    def __init__(self, *fences: Fence) -> None:
-        self.fences = list(fences)
-
-    def done(self) -> bool:
-        return all(fence.done() for fence in self.fences)
-
-    def wait(self) -> None:
-        for fence in self.fences:
-            fence.wait()
-
-    def order(self) -> Wait | None:
-        wait = None
-        for fence in self.fences:
-            wait = fence.order()
-        return wait
-
-    def ordered_on(self, stream: int) -> bool:
-        return all(fence.ordered_on(stream) for fence in self.fences)

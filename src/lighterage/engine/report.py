@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from ..planner.plan import SectionPlan
-from .autoplan import Autoplan
+from .backward_order import BackwardOrder
 from .ledger import Ledger, OffloadStats, Row
+from .planning import Autoplan
 from .policy import Policy
-from .sections import BackwardOrder
 from .units import format_bytes
 
 
@@ -119,12 +119,12 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         "plan": auto.told,
         "predicted_ms": None if prediction is None else prediction.step_ms,
         "predicted_peak_bytes": None if prediction is None else prediction.peak_bytes,
-        "measured_ms": auto.measured_ms,
-        "measured_peak_bytes": auto.measured_peak_bytes,
+        "measured_ms": auto.checks.measured_ms,
+        "measured_peak_bytes": auto.checks.measured_peak_bytes,
         "foreseen_phases_ms": []
         if prediction is None
         else [(p.direction, p.section, p.end_ms - p.start_ms) for p in prediction.phases],
-        "measured_phases_ms": list(auto.measured_phases_ms),
+        "measured_phases_ms": list(auto.checks.measured_phases_ms),
         "planning_ms": auto.planning_ms,
         "link": auto.link_text,
         "drifts": auto.num_drifts,

@@ -1,25 +1,47 @@
-"""Sections, and the order in which backward really visits them."""
+"""Sections: the grain at which policies and plans speak, and at which backward is followed."""
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_leaves
 
 from .allocation import Allocation
 from .ledger import Row
-
-if TYPE_CHECKING:
-    from .measure import SectionLog
-    from .offloader import Offloader
-    from .orders import Orders
-
+from .orders import Orders
 
 KEEP_LAST = "keep_last"
 """The reason for which a section at the end of forward stays."""
 
 KEEP_SECTION = 'plan="keep"'
 """The reason for which a section stays that was opened so."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SectionCall:
+    """What a section's module is called with."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    compiled: bool
+    """Whether the call is part of a program that is compiled."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The tensors that it is given, in the order in which a checkpoint saves them."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
+
+
+class Owner(Protocol):
+    """Whoever opened a section."""
+
+    def visit(self, section: Section) -> None:
+        """Backward has come to `section`."""
+        ...
 
 
 class Section:
@@ -48,7 +70,7 @@ class Section:
     )
 
     def __init__(
-        self, owner: Offloader, name: str, keep_reason: str | None, gap: bool = False, by_hand: bool = False
+        self, owner: Owner, name: str, keep_reason: str | None, gap: bool = False, by_hand: bool = False
     ) -> None:
         self.owner = owner
         self.name = name
@@ -60,8 +82,8 @@ class Section:
         """Why all that it saves stays on the device, or None."""
         self.orders: Orders | None = None
         """What a plan says of it; None: that the policy decides."""
-        self.log: SectionLog | None = None
-        """Where it is recorded, in a step that is measured."""
+        self.log: object | None = None
+        """Where it is recorded, in a step that is measured. Whoever records it alone looks inside."""
         self.capture = 0
         """The graph in whose capture it saved, or 0."""
         self.open = True
@@ -126,67 +148,3 @@ class LiveSection:
     def __repr__(self) -> str:
         section = self._section()
         return f"<section {self.name!r}, over>" if section is None else repr(section)
-
-
-class BackwardOrder:
-    """Learns in which order backward visits sections, and tells which come next.
-
-    A training step creates the same sections in the same order each time, so a section is known by its index within the
-    step. Where the last step does not fit (another number of microbatches, a dropped layer) the guess is
-    last-in-first-out.
-    """
-
-    def __init__(self) -> None:
-        self._names: list[str] = []
-        self._visits: list[int] = []
-        self._last_names: list[str] = []
-        self._last_visits: list[int] = []
-        self._last_position: dict[int, int] = {}
-        self.hits = 0
-        self.misses = 0
-        self._expected: int | None = None
-
-    def created(self, name: str) -> int:
-        """Register a section; its index within the step."""
-        self._names.append(name)
-        return len(self._names) - 1
-
-    def visited(self, index: int) -> None:
-        """Backward has come to the section with this index."""
-        if self._expected is not None:
-            if self._expected == index:
-                self.hits += 1
-            else:
-                self.misses += 1
-        self._visits.append(index)
-
-    def upcoming(self, index: int, live: dict[int, Section]) -> Iterator[Section]:
-        """The live, unvisited sections that backward is expected to come to after `index`, in order."""
-        self._expected = None
-        for section in self._predict(index, live):
-            if self._expected is None:
-                self._expected = section.index
-            yield section
-
-    def _predict(self, index: int, live: dict[int, Section]) -> Iterator[Section]:
-        position = self._last_position.get(index)
-        if position is not None and self._fits(index):
-            for later in self._last_visits[position + 1 :]:
-                section = live.get(later)
-                if section is not None and not section.visited and self._fits(later):
-                    yield section
-            return
-        waiting = [s for i, s in sorted(live.items(), reverse=True) if not s.visited]
-        yield from (s for s in waiting if s.index is not None and s.index < index)
-        yield from (s for s in waiting if s.index is not None and s.index > index)
-
-    def _fits(self, index: int) -> bool:
-        last = self._last_names
-        return index < len(last) and index < len(self._names) and last[index] == self._names[index]
-
-    def finish_step(self) -> None:
-        if self._visits:
-            self._last_names, self._last_visits = self._names, self._visits
-            self._last_position = {index: position for position, index in enumerate(self._visits)}
-        self._names, self._visits = [], []
-        self._expected = None

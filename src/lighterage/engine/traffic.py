@@ -11,10 +11,11 @@ import torch
 
 from ..errors import OffloadError
 from ..marks import Mark, any_marks, mark_of
-from .allocation import Allocation, SavedAt, Stage, Unused
+from .allocation import Allocation, SavedAt, Stage
 from .lanes import Source, Transport, Wait
 from .ledger import TRANSFER_FAILED, Ledger
 from .sections import Section
+from .unused import Unused
 from .views import ViewSpec
 
 # Copies start when so much has been gathered and another allocation is saved: one pair of events serves them all.

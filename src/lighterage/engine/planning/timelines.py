@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from ..planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
-from .measure import SaveLog, SectionLog, StepLog
+from ...planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
+from .section_log import SaveLog, SectionLog
+from .step_log import StepLog
 
 # What passes between two sections in less than this part of the step is no phase of its own.
 _NO_PHASE = 0.0005

@@ -6,14 +6,14 @@ import dataclasses
 import threading
 import time
 
-from ..planner.choose import plan as make_plan
-from ..planner.goal import Goal
-from ..planner.plan import Plan
-from ..planner.prediction import Prediction
-from ..planner.simulate import simulate
-from ..planner.timeline import Link, Timeline
+from ...planner.choose import plan as make_plan
+from ...planner.goal import Goal
+from ...planner.plan import Plan
+from ...planner.prediction import Prediction
+from ...planner.simulate import simulate
+from ...planner.timeline import Link, Timeline
+from ..policy import DEFAULT_SLOWDOWN, Policy
 from .agree import agreed
-from .policy import DEFAULT_SLOWDOWN, Policy
 
 # Plans are made for a link that is slower than measured: what comes late costs more than room to spare.
 LINK_CAUTION = 0.93

@@ -1,9 +1,8 @@
-"""Runs a section so that backward computes it again, whole or all but its products."""
+"""Watches on a section's forward: what it changes, which products it computes, which of its modules run."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import types
 from collections.abc import Callable
 from typing import Any
@@ -11,125 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
-from torch.utils.checkpoint import checkpoint
+from torch.utils._pytree import tree_leaves
 
-from .measure import ProductLog, SectionLog
-from .orders import PlannedOrders
+from ..views import emptied_alias
 from .origins import PRODUCT_OPS
-from .sections import Section
-from .selective import Held, Hold, contexts
-from .views import emptied_alias
-
-Call = Callable[..., Any]
-Pack = Callable[[torch.Tensor, Section], Held]
-
-
-def run_again_later(
-    call: Call,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    orders: PlannedOrders,
-    pack: Pack,
-    name: str,
-    module: nn.Module,
-) -> Any:
-    """Call `call`, and let backward call it again for what it did not save.
-
-    What it was given is saved, and so comes to the section's own pack hook; in mode `"selective"` the products do too.
-
-    Raises, in backward:
-        RuntimeError: what the second run would start from is not what the first one started from.
-    """
-    leaves, spec = tree_flatten((args, kwargs))
-    watch = StateWatch(module, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
-    changed: list[str | None] = []
-
-    def run(*given: Any) -> Any:
-        again = bool(changed)
-        if again:
-            change = changed[0] or watch.change_since()
-            if change is not None:
-                raise RuntimeError(
-                    f"section {name!r} is computed again in backward, and {change}: its gradients would not be those "
-                    'of its forward. Leave that as it is until backward has run, or pass recompute="never".'
-                )
-        again_args, again_kwargs = tree_unflatten(list(given), spec)
-        result = call(*again_args, **again_kwargs)
-        if not again:
-            changed.append(watch.change())
-        return result
-
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
-    if orders.mode == "selective":
-        options["context_fn"] = lambda: contexts(_Products(orders, pack))
-    return checkpoint(run, *leaves, **options)
-
-
-class _Products:
-    """Puts the products of one run of a section by, as the plan says."""
-
-    def __init__(self, orders: PlannedOrders, pack: Pack) -> None:
-        self._orders = orders
-        self._pack = pack
-        self._num = 0
-
-    def __call__(self, op: Any, number: int, args: Any, kwargs: Any, out: Any) -> Hold | None:
-        if op not in PRODUCT_OPS:
-            return None
-        products = self._orders.recipe.products
-        save = products[self._num] if self._num < len(products) else 0
-        self._num += 1
-        if save is None:
-            return None
-        section = self._orders.section
-        assert section is not None
-        orders, pack = self._orders, self._pack
-
-        def hold(tensor: torch.Tensor) -> Held:
-            orders.called = save
-            try:
-                return pack(tensor, section)
-            finally:
-                orders.called = None
-
-        return hold
-
-
-# --- what may be computed again ---------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SectionCall:
-    """What a section's module is called with."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    compiled: bool
-    """Whether the call is part of a program that is compiled."""
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The tensors that it is given, in the order in which a checkpoint saves them."""
-        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, torch.Tensor)]
-
-
-def why_never(module: nn.Module | None, call: SectionCall | None) -> str | None:
-    """Why a section must not be computed again, as far as can be told before it runs; or None."""
-    if module is None or call is None:
-        return "it is named in code, not a module"
-    if not call.tensors:
-        return "it is given no tensor"
-    if call.compiled:
-        return "it is compiled"
-    for part in module.modules():
-        if part._forward_hooks or part._forward_pre_hooks:
-            return f"forward hooks of {type(part).__name__} would run twice"
-        if getattr(part, "_compiled_call_impl", None) is not None or type(part).__name__ == "OptimizedModule":
-            return "it is compiled"
-        if isinstance(part, torch.jit.ScriptModule):
-            return "it is scripted"
-    return None
+from .section_log import ProductLog, SectionLog
 
 
 class StateWatch:

@@ -8,7 +8,7 @@ import time
 
 import torch
 
-from ..planner.timeline import Timeline
+from ...planner.timeline import Timeline
 
 # Who does not answer for so long is planned without.
 PATIENCE_S = 10.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..planner.timeline import Kind
+from ...planner.timeline import Kind
 
 _VIEW_NAMES = (
     "Alias AsStrided Diagonal Expand Narrow Permute ReshapeAlias Select Slice Split SplitWithSizes Squeeze T Transpose "

@@ -6,11 +6,32 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator
 
+import torch
 from torch import nn
 
-from .measure import READ_TWICE, SectionLog, StateKey, StepLog
-from .orders import PlannedOrders
-from .recompute import ModuleWatch, ProductTeller, SectionCall, StateWatch, why_never
+from ..sections import SectionCall
+from .run import PlannedOrders
+from .section_log import READ_TWICE, SectionLog, StateKey
+from .step_log import StepLog
+from .watches import ModuleWatch, ProductTeller, StateWatch
+
+
+def why_never(module: nn.Module | None, call: SectionCall | None) -> str | None:
+    """Why a section must not be computed again, as far as can be told before it runs; or None."""
+    if module is None or call is None:
+        return "it is named in code, not a module"
+    if not call.tensors:
+        return "it is given no tensor"
+    if call.compiled:
+        return "it is compiled"
+    for part in module.modules():
+        if part._forward_hooks or part._forward_pre_hooks:
+            return f"forward hooks of {type(part).__name__} would run twice"
+        if getattr(part, "_compiled_call_impl", None) is not None or type(part).__name__ == "OptimizedModule":
+            return "it is compiled"
+        if isinstance(part, torch.jit.ScriptModule):
+            return "it is scripted"
+    return None
 
 
 class Repeatable:

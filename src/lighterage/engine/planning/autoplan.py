@@ -1,0 +1,296 @@
+"""Decides, step by step, what is measured and which plan is carried out; has the plan made in between."""
+
+from __future__ import annotations
+
+import enum
+import threading
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ...errors import BudgetError
+from ...planner.plan import Plan
+from ...planner.prediction import Prediction
+from ...planner.timeline import Link, Timeline
+from ..policy import Policy
+from ..traffic import Traffic
+from ..units import format_bytes
+from .budget import Budget
+from .checks import Checks
+from .clock import Gauge, clock_of
+from .course import Course
+from .events import Events, capturing
+from .making import Planning
+from .measurements import Measurements
+from .room import Room
+from .run import Run
+from .step_log import StepLog
+
+# So many steps are timed; of each phase the shortest counts, which leaves the noise of first times out.
+TIMED_STEPS = 2
+# After each new plan so many steps pass, doubled each time, before drift may ask for the next.
+PATIENCE = 4
+
+
+class Stage(enum.Enum):
+    """What the steps are for."""
+
+    SIZING = "sizing"
+    """Sizes are told, and what could be computed again; times are those of first times."""
+    TIMING = "timing"
+    TRIAL = "trial"
+    """One section of each kind is computed again selectively, to see what that takes."""
+    PLANNING = "planning"
+    """The plan is being made beside the steps."""
+    PLANNED = "planned"
+
+
+class Autoplan:
+    """Measures the first steps, makes a plan, carries it out, and makes it anew when the steps change.
+
+    All methods are called with the offloader's lock held. It decides speed and memory: what is saved can be asked for
+    at any time whatever it says.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        traffic: Traffic,
+        module_of: Callable[[str], nn.Module | None],
+        device: torch.device,
+        measure_link: Callable[[], Link],
+    ) -> None:
+        self._policy = policy
+        self._measure_link = measure_link
+        self._device = device
+        self._clock = clock_of(device)
+        self._gauge = Gauge(device)
+        self._room = Room(self._gauge, policy)
+        self._budget = Budget(policy)
+        self._measurements = Measurements(device)
+        self._stage = Stage.SIZING
+        self._course: Course | None = None
+        self._given = False
+        self._link: Link | None = None
+        self._job: Planning | None = None
+        self._restarts = 0
+        self._steps = 0
+        self._patience = PATIENCE
+        self._num_plans = 0
+        self.events = Events(policy, traffic, module_of, device, self._room)
+        """Whom to tell of what happens to sections, within a step."""
+        self.checks = Checks()
+        """What steps take under the plan."""
+        self.timeline: Timeline | None = None
+        self.prediction: Prediction | None = None
+        self.num_drifts = 0
+        """How often steps did not fit the plan so that they were measured again."""
+        self.planning_ms: float | None = None
+        self.agreed_with = 1
+        """Ranks that the plan was made for together."""
+
+    @property
+    def plan(self) -> Plan | None:
+        return None if self._course is None else self._course.plan
+
+    @property
+    def told(self) -> str:
+        """The plan in a sentence, or what is still missing to make one."""
+        if self._course is None:
+            return f"none yet; the steps are measured ({self._stage.value})"
+        why = self._course.plan.why or "as it was given"
+        budget, peak_bytes = self._policy.device_budget_bytes, self.checks.measured_peak_bytes
+        if budget is not None and peak_bytes is not None and peak_bytes > budget:
+            why += (
+                f" A step under it took {format_bytes(peak_bytes)}, which is more than the budget of "
+                f"{format_bytes(budget)}; no plan for less was found. Raise the budget, or take smaller batches."
+            )
+        return why
+
+    @property
+    def link_text(self) -> str | None:
+        """The link, for people."""
+        link = self._link
+        if link is None:
+            return None
+        rates = (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s)
+        out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
+        return f"{link.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
+
+    def use(self, plan: Plan, timeline: Timeline) -> None:
+        """Carry `plan` out from the next step on, and measure nothing more."""
+        self._given = True
+        self._course = Course(plan, timeline, self._measurements.recipes())
+        self.timeline = timeline
+        self.prediction = None
+        self._stage = Stage.PLANNED
+        self._steps = 0
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step_begins(self) -> None:
+        """A step is about to begin; harmless when repeated before anything was saved.
+
+        Raises:
+            BudgetError: no plan keeps to the budget.
+        """
+        self.events.step_begins()  # whatever comes of it below, what is left of another step is none of this one's
+        if self._link is None and not self._given and self._device.type != "cpu":
+            self._link = self._measure_link()  # the first step is slow anyway
+        if capturing(self._device):
+            return  # what is captured does not run, so that it takes no time: it is none of the steps
+        self._look()
+        if self._stage is Stage.PLANNED:
+            assert self._course is not None
+            # What is saved has to be told for the peak where no allocator can tell it.
+            timed = self.checks.is_due(self._steps + 1)
+            log = self._new_log(detailed=self._gauge.now() is None) if timed else None
+            self.events.step_begins(log, Run(self._course))
+        elif self._stage is Stage.TRIAL:
+            if self._measurements.trial is None:
+                assert self._measurements.trial_course is not None
+                self.events.step_begins(self._new_log(detailed=False), Run(self._measurements.trial_course), trial=True)
+        elif self._stage is Stage.SIZING:
+            self.events.step_begins(self._new_log(detailed=True), first=True)
+        elif self._stage is Stage.TIMING and len(self._measurements.timed) < TIMED_STEPS:
+            self.events.step_begins(self._new_log(detailed=True))
+
+    def _new_log(self, *, detailed: bool) -> StepLog:
+        return StepLog(self._clock, self._gauge, detailed=detailed)
+
+    def step_ended(self) -> None:
+        """What the step saved is gone."""
+        log, run = self.events.step_ended()
+        try:
+            self._end(log, run)
+        finally:
+            if run is not None:
+                run.close()
+
+    def _end(self, log: StepLog | None, run: Run | None) -> None:
+        if log is not None:
+            log.close()
+            self._room.seen(log)
+        if log is not None and not any(b.direction == "backward" for b in log.boundaries):
+            return  # no backward came: it tells nothing
+        if self._stage is Stage.PLANNED:
+            if run is not None:
+                self._steps += 1
+                if log is not None:
+                    self.checks.take(log)
+                if run.strange:
+                    self._measure_again()
+        elif log is not None:
+            self._take(log)
+
+    def _take(self, log: StepLog) -> None:
+        measured = self._measurements
+        if self._stage is Stage.SIZING:
+            measured.begin(log)
+            self._stage = Stage.TIMING
+        elif self._stage is Stage.TIMING:
+            if measured.is_like_first(log) or self._restarts >= 3:
+                measured.timed.append(log)
+            else:
+                self._restarts += 1
+                self._stage = Stage.SIZING
+        elif self._stage is Stage.TRIAL:
+            measured.trial = log
+
+    def _look(self) -> None:
+        """See whether what was measured can be read by now, and go on."""
+        measured = self._measurements
+        if self.checks.read():
+            self._judge()
+        if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
+            if not all(log.readable for log in measured.timed):
+                return
+            try:
+                measured.choose_trials()
+            except ValueError:  # the steps do not make up a whole one: an exception ended one's backward, say
+                self._start_over()
+                return
+            self._stage = Stage.TRIAL
+        if self._stage is Stage.PLANNING:
+            assert self._job is not None
+            if self._job.done.is_set():
+                self._adopt(self._job)
+            return
+        if self._stage is Stage.TRIAL and measured.trials_done:
+            try:
+                self._make()
+            except ValueError:
+                self._start_over()
+                return
+            self._look()
+
+    def _start_over(self) -> None:
+        """Measure from the first step on: what was seen is of no use."""
+        self._measurements.clear()
+        self._restarts = 0
+        self._stage = Stage.SIZING
+
+    # --- plans ------------------------------------------------------------------------------------------------------
+
+    def _make(self) -> None:
+        """Begin to make a plan: at once on the CPU, whose steps are the host's; beside the steps elsewhere."""
+        self._measurements.recipes()
+        if self._link is None:
+            self._link = self._measure_link()
+        timeline = self._measurements.timeline()
+        self._job = Planning(timeline, self._link, self._budget.goal, agree=self._num_plans == 0)
+        self._stage = Stage.PLANNING
+        self._measurements.clear()
+        if self._device.type == "cpu":
+            self._job.run()
+        else:
+            threading.Thread(target=self._job.run, name="lighterage-plan", daemon=True).start()
+
+    def _adopt(self, job: Planning) -> None:
+        """Carry out, from this step on, what was planned.
+
+        Raises:
+            BudgetError, ValueError: no plan keeps to the budget, or to the rules.
+        """
+        if job.error is not None and self._course is not None and not isinstance(job.error, BudgetError):
+            # It was measured anew, and the rules do not fit what ran: go on as before.
+            self._stage, self._steps, self._job = Stage.PLANNED, 0, None
+            return
+        self.timeline = job.timeline
+        if job.error is not None:
+            raise job.error.with_traceback(None)
+        self._job = None
+        assert job.plan is not None
+        self._course = Course(job.plan, job.timeline, self._measurements.recipes())
+        self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
+        self.checks.new_plan()
+        self._stage = Stage.PLANNED
+        self._steps = 0
+        self._num_plans += 1
+
+    def _judge(self) -> None:
+        """A planned step was timed: plan anew if it took more than the budget, or if steps have become slower."""
+        peak_bytes = self.checks.measured_peak_bytes
+        assert peak_bytes is not None
+        timeline, link = self.timeline, self._link
+        if not self._given and timeline is not None and link is not None and self._budget.broken_by(peak_bytes):
+            job = self._budget.tighter(peak_bytes, timeline, link, self.prediction)
+            if job is not None:
+                self._adopt(job)  # the step that begins now has waited for it
+                return
+        if self.prediction is not None and self.checks.are_slow(self.prediction) and self._measure_again():
+            self._link = None  # it may be that which has changed
+
+    def _measure_again(self) -> bool:
+        """Begin to measure, unless that was done too lately; whether it begins."""
+        if self._given or self._steps < self._patience:
+            return False
+        self._patience *= 2
+        self.num_drifts += 1
+        self._stage = Stage.SIZING
+        self._restarts = 0
+        # Measuring must not take more memory than the plan did.
+        foreseen = None if self.prediction is None else self.prediction.peak_bytes
+        self._room.limit = self.checks.measured_peak_bytes or foreseen
+        return True

@@ -1,0 +1,197 @@
+"""What a section's events mean to its step: they are recorded, where it is measured, and the plan is carried out."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ..allocation import Allocation
+from ..hooks import Runner, class_of
+from ..lanes import Wait
+from ..orders import Orders
+from ..policy import Policy
+from ..scopes import Pack
+from ..sections import Section, SectionCall
+from ..traffic import Traffic
+from .recompute import run_again_later
+from .recording import MeasuringPack, WatchingPack
+from .repeatable import Repeatable, why_never
+from .room import Room
+from .run import PlannedOrders, Run
+from .section_log import MEASURED, SectionLog
+from .step_log import StepLog
+
+
+class Events:
+    """The step under way. All methods are called with the offloader's lock held, but for the contexts they give."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        traffic: Traffic,
+        module_of: Callable[[str], nn.Module | None],
+        device: torch.device,
+        room: Room,
+    ) -> None:
+        self._policy = policy
+        self._traffic = traffic
+        self._module_of = module_of
+        self._device = device
+        self._room = room
+        self._repeatable = Repeatable()
+        self._log: StepLog | None = None
+        self._run: Run | None = None
+        self._first = self._trial = False
+
+    # --- steps ------------------------------------------------------------------------------------------------------
+
+    def step_begins(
+        self, log: StepLog | None = None, run: Run | None = None, *, first: bool = False, trial: bool = False
+    ) -> None:
+        """A step begins that is recorded in `log`, if anywhere, and has the plan of `run`, if there is one.
+
+        Args:
+            first: whether it is asked, too, what can be computed again.
+            trial: whether `run` tries what computing again costs; what it does not name may then move.
+        """
+        self._log, self._run, self._first, self._trial = log, run, first, trial
+        self._repeatable.step_begins()
+
+    def step_ended(self) -> tuple[StepLog | None, Run | None]:
+        """What the step saved is gone; its log and its run."""
+        log, self._log = self._log, None
+        run, self._run = self._run, None
+        self._repeatable.step_ended(log)
+        return log, run
+
+    # --- sections ---------------------------------------------------------------------------------------------------
+
+    def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
+        """A section begins: gives it its orders. The context is for its forward."""
+        if capturing(self._device):
+            self.abandoned()
+            self._run = None
+            return contextlib.nullcontext()
+        log = self._log
+        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        if not section.by_hand and section.keep_reason is None:
+            section.orders = self._orders(section)
+        module = self._module_of(section.name)
+        if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
+            around = self._repeatable.check(section.orders, section.name, module, call)
+        if log is None:
+            return around
+        one = section.log = SectionLog(section.name, section.gap, section.row)
+        log.entered(one)
+        if not self._first or section.gap:
+            return around
+        one.kind = class_of(module)
+        one.not_recomputed = why_never(module, call) if self._policy.may_recompute else 'recompute="never"'
+        if module is None or call is None:
+            return around
+        for position, tensor in enumerate(call.tensors):
+            if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
+                one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
+        return self._repeatable.told(
+            one, module, call, lambda: section.row.saves, with_modules=bool(self._policy.rules) and not call.compiled
+        )
+
+    def _orders(self, section: Section) -> Orders | None:
+        run = self._run
+        if run is None:
+            return Orders(MEASURED) if self._room.for_one_more(self._log) else None
+        orders = run.orders_for(section)
+        if orders is None:
+            stays = self._room.for_one_more(self._log)
+            return Orders("its step is not the one that was planned for") if stays else None
+        if self._trial and orders.mode == "save" and not self._room.for_one_more(self._log):
+            return None
+        return orders
+
+    def pack_of(self, section: Section, pack: Pack) -> Pack:
+        """What packs the saves of `section`: `pack`, or one that records or watches what becomes of them."""
+        log = self._log
+        if isinstance(section.log, SectionLog) and log is not None and log.detailed:
+            return MeasuringPack(pack, log, section.log)
+        if isinstance(section.orders, PlannedOrders) and section.orders.read_twice is not None:
+            return WatchingPack(pack, section.orders.read_twice)
+        return pack
+
+    def runner_of(self, section: Section, pack: Pack) -> Runner | None:
+        """How the section's module is to be called, where it is computed again in backward; None: as ever."""
+        orders = section.orders
+        if not isinstance(orders, PlannedOrders) or orders.mode == "save":
+            return None
+        module = self._module_of(section.name)
+        assert module is not None, "only a module is computed again"
+        return functools.partial(run_again_later, orders=orders, pack=pack, name=section.name, module=module)
+
+    def abandoned(self) -> None:
+        """An exception ended a section: the step tells nothing."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def first_save(self, section: Section) -> None:
+        """A section has saved something, so that it has its place in the step."""
+        if isinstance(section.log, SectionLog) and self._log is not None:
+            section.log.index = section.index
+            self._log.sections.append(section.log)
+        if isinstance(section.orders, PlannedOrders) and self._run is not None:
+            self._carry_out(*self._run.begins("forward", section.orders.index))
+
+    def left(self, section: Section) -> None:
+        """A section's forward has ended."""
+        orders, run = section.orders, self._run
+        if isinstance(section.log, SectionLog) and self._log is not None:
+            self._log.left(section.log)
+            self._log.settle_marks(
+                section.log, self._policy.select == "marked", "it is moved by hand" if section.by_hand else None
+            )
+        if isinstance(orders, PlannedOrders) and run is not None:
+            if section.index is None:
+                run.taken_back(section)
+            else:
+                self._carry_out(*run.forward_ended(orders.index))
+
+    def visited(self, section: Section) -> None:
+        """Backward has come to a section."""
+        log = section.log if isinstance(section.log, SectionLog) else None
+        self._repeatable.visited(section.orders, log)
+        if log is not None and self._log is not None:
+            self._log.visited(log)
+        if isinstance(section.orders, PlannedOrders) and self._run is not None:
+            self._carry_out(*self._run.begins("backward", section.orders.index))
+
+    def _carry_out(self, release: list[tuple[PlannedOrders, int]], back: list[Allocation]) -> None:
+        try:
+            for orders, save in release:
+                section = orders.section
+                if section is not None:
+                    self._traffic.release_some(section, orders.allocations(save))
+        finally:
+            self._traffic.fetch(back)
+
+    def waited(self, wait: Wait) -> None:
+        """The compute stream was made to wait for a copy out."""
+        if self._log is not None:
+            self._log.waited(wait)
+
+    @property
+    def measures(self) -> bool:
+        """Whether what this step shows is taken for what a step is."""
+        return self._log is not None and self._run is None
+
+    def reloaded(self) -> None:
+        """What a section saved, and was away, is on its way back as its backward begins."""
+        if self._log is not None:
+            self._log.settle_live()
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what the calling thread issues on `device` now is captured into a graph, and does not run."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

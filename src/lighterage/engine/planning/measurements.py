@@ -1,0 +1,119 @@
+"""What the steps before a plan have shown, and the timeline that they make together."""
+
+from __future__ import annotations
+
+import collections
+import statistics
+
+import torch
+
+from ...planner.plan import Plan, SectionPlan
+from ...planner.timeline import Timeline
+from .course import Course
+from .section_log import MEASURED
+from .step_log import StepLog
+from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
+
+TRIALS_OF_A_KIND = 3
+_LEAST_AGAIN = 0.02
+"""Of a section's forward: the least that selective recomputation is taken to cost."""
+
+
+class Measurements:
+    """The logs of the first step, of those that were timed, and of the trial."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._first: StepLog | None = None
+        self._known: dict[int, Recipe] = {}
+        self._trial_kinds: dict[int, object] = {}
+        self.timed: list[StepLog] = []
+        self.trial: StepLog | None = None
+        self.trial_course: Course | None = None
+        """What the trial carries out."""
+
+    def begin(self, first: StepLog) -> None:
+        """Start with the log of a step that told sizes, and what can be computed again."""
+        self._first, self.timed = first, []
+
+    def clear(self) -> None:
+        """Forget the logs. What can be computed again, and how, stays known."""
+        self._first, self.timed, self.trial = None, [], None
+
+    def is_like_first(self, log: StepLog) -> bool:
+        """Whether `log` is of the same step as the first."""
+        assert self._first is not None
+        return is_like(log, self._first)
+
+    def choose_trials(self) -> None:
+        """Decide which sections the trial computes again, to see what that takes.
+
+        Raises:
+            ValueError: the logs do not make up a whole step.
+        """
+        assert self._first is not None
+        self.trial, self._trial_kinds = None, {}
+        by_kind: dict[object, list[int]] = {}
+        for section in self._first.sections:
+            if section.not_recomputed is None and section.products and not section.overwritten:
+                assert section.index is not None
+                by_kind.setdefault(section.kind, []).append(section.index)
+        # Not one at the end: backward begins and ends with those.
+        self._trial_kinds = {
+            index: kind for kind, indices in by_kind.items() for index in _spread(indices, TRIALS_OF_A_KIND)
+        }
+        timeline = self._read({})
+        sections = tuple(
+            SectionPlan(name=record.name, mode="selective" if index in self._trial_kinds else "save")
+            for index, record in enumerate(timeline.sections)
+        )
+        nothing = Plan(sections=sections, fetches=((),) * len(timeline.phases))
+        self.trial_course = Course(nothing, timeline, self.recipes(), reason=MEASURED)
+
+    @property
+    def trials_done(self) -> bool:
+        """Whether there is nothing to try, or what was tried can be read. Never blocks."""
+        return not self._trial_kinds or (self.trial is not None and self.trial.readable)
+
+    def timeline(self) -> Timeline:
+        """The timeline of the step.
+
+        Raises:
+            ValueError: the logs do not make up a whole step.
+        """
+        return self._read(self._selective_ms())
+
+    def _read(self, selective: dict[object, float]) -> Timeline:
+        assert self._first is not None
+        return read_timeline(self.timed, self._first, device=_name(self._device), selective=selective)
+
+    def _selective_ms(self) -> dict[object, float]:
+        if self.trial is None or not self.timed:
+            return {}
+        all_usual = [phase_ms(log) for log in self.timed]
+        tried = phase_ms(self.trial)
+        found: dict[object, list[float]] = collections.defaultdict(list)
+        for index, kind in self._trial_kinds.items():
+            usual = [ms["backward", index] for ms in all_usual if ("backward", index) in ms]
+            forward = [ms["forward", index] for ms in all_usual if ("forward", index) in ms]
+            if usual and forward and ("backward", index) in tried:
+                # It takes some time, whatever the noise says.
+                least = _LEAST_AGAIN * min(forward)
+                found[kind].append(max(least, tried["backward", index] - min(usual)))
+        return {kind: statistics.median(times) for kind, times in found.items()}
+
+    def recipes(self) -> dict[int, Recipe]:
+        """How each section that a first step has told of is computed again."""
+        if self._first is not None:
+            self._known = {s.index: recipe_of(s) for s in self._first.sections if s.index is not None}
+        return self._known
+
+
+def _spread(indices: list[int], num: int) -> list[int]:
+    """Up to `num` of `indices`, from the middle of as many equal parts."""
+    num = min(num, len(indices))
+    return [indices[(2 * part + 1) * len(indices) // (2 * num)] for part in range(num)]
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
