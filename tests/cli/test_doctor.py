@@ -106,3 +106,19 @@ def test_a_link_is_not_written_where_there_is_none(tmp_path, capsys):
     assert main(["doctor", "--device", "cpu", "--disk-dir", str(tmp_path), "--link", str(tmp_path / "l.json")]) == 2
     assert "no link of an accelerator" in capsys.readouterr().err
     assert examine(CPU, str(tmp_path), disk_bytes=1).link is None
+
+
+def test_a_link_that_cannot_be_written_is_told_before_the_measuring(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(doctor_measure, "examine", lambda device, disk_dir: pytest.fail("it measured"))
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for link, told in (
+        (tmp_path / "missing" / "l.json", "Make it first"),
+        (tmp_path / "l.txt", "ends in .json"),
+        (tmp_path, "ends in .json"),
+    ):
+        assert main(["doctor", "--device", "cuda:1", "--link", str(link)]) == 2
+        assert told in capsys.readouterr().err
+    assert main(["doctor", "--device", "cuda:2"]) == 2
+    assert "--device cuda:2: there are 2 here" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from matplotlib.figure import Figure
 
@@ -39,6 +41,7 @@ def test_peaks_phases_and_lanes_are_named_in_place(tmp_path, texts):
     draw_step(seen, path=path, title="Eight layers", plain=kept, budget_bytes=goal.device_budget)
     assert path.read_bytes().startswith(b"\x89PNG")
     said = "\n".join(texts)
+    out_bytes, in_bytes = (sum(copy.nbytes for copy in copies) for copies in (seen.out_copies, seen.in_copies))
     for words in (
         "Eight layers",
         f"planned: peak {seen.peak_bytes / GIB:.2f} GiB",
@@ -46,10 +49,9 @@ def test_peaks_phases_and_lanes_are_named_in_place(tmp_path, texts):
         "budget 8.20 GiB",
         "forward",
         "backward",
-        "lane out",
-        "lane in",
-        "GiB out",
-        "ms waited for reloads",
+        f"lane out\n{out_bytes / GIB:.2f} GiB",
+        f"lane in\n{in_bytes / GIB:.2f} GiB",
+        "waiting for reloads",
         "device memory (GiB)",
     ):
         assert words in said
@@ -61,3 +63,15 @@ def test_a_step_without_copies_says_so(tmp_path, texts):
     draw_step(kept, path=tmp_path / "step.png", title="kept")
     said = "\n".join(texts)
     assert "nothing goes out" in said and "nothing goes in" in said and "no wait" in said
+
+
+def test_reloads_that_came_when_they_were_asked_for_are_counted_in_place(tmp_path, texts):
+    timeline = decoder(4)
+    made = plan(timeline, LINK, Goal(max_slowdown=3.0, recompute="never"))
+    bare = dataclasses.replace(made, fetches=((),) * len(made.fetches))
+    seen = simulate(timeline, bare, LINK)
+    assert seen.num_on_demand
+    draw_step(seen, path=tmp_path / "step.png", title="asked for", memory_name="saved tensors")
+    said = "\n".join(texts)
+    assert f"yellow: {seen.num_on_demand} that came when they were asked for" in said
+    assert "saved tensors (GiB)" in said

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
+import os
+import re
 
 import pytest
 
@@ -73,12 +76,107 @@ def test_a_measured_link_may_be_given(timeline_file, tmp_path, capsys):
         (["--budget", "much"], '"30GiB"'),
         (["--budget", "9GiB", "--max-slowdown", "0.1"], "Give exactly one"),
         (["--plan", "p.json"], "--plan needs a goal"),
+        (["--link", "-5GB/s"], "a link is one of pcie4, pcie5, nvlink-c2c, or a rate"),
+        (["--link", "0GB/s"], "a link is one of pcie4"),
+        (["--link", "infGB/s"], "a link is one of pcie4"),
+        (["--link", ""], "a link is one of pcie4"),
+        (["--link", "1MB/s", "--link", "9" * 40 + "GB/s"], "a link carries from 1e+03 to 1e+18 bytes"),
+        (["--link", "9" * 400 + "GB/s"], "a link carries"),
+        (["--link", "0.0001KB/s"], "a link carries from 1e+03"),
+        (["--link", "none.json"], "none.json: No such file"),
+        (["--budget", "-5GiB"], '"30GiB"'),
+        (["--budget", "nan"], '"30GiB"'),
+        (["--budget", "0"], "a number of bytes above 0"),
+        (["--budget", "9" * 30 + "GiB"], "more than any device has"),
+        (["--budget", "9" * 400 + "GiB"], "more than any device has"),
+        (["--max-slowdown", "-1"], "0.02 for 2 %"),
+        (["--max-slowdown", "-inf"], "0.02 for 2 %"),
+        (["--max-slowdown", "nan"], "0.02 for 2 %"),
+        (["--max-slowdown", "1e300"], "0.02 for 2 %"),
+        (["--out", "missing/c.png"], "there is no folder missing. Make it first."),
+        (["--out", "c.txt"], "ends in .png or .svg"),
+        (["--out", "c"], "ends in .png"),
+        (["--out", ""], "ends in .png"),
+        (["--out", "/proc/version/c.png"], "there is no folder /proc/version"),
+        (["--out", "9" * 300 + ".png"], "File name too long"),
+        (["--budget", "9GiB", "--plan", "missing/p.json"], "--plan missing/p.json: there is no folder"),
+        (["--budget", "9GiB", "--plan", "p.txt"], "--plan names a file that ends in .json"),
         (["--link", "pcie4", "--link", "pcie5", "--plan", "p.json", "--budget", "9GiB"], "Give one --link"),
     ],
 )
-def test_wrong_use_says_what_to_do(arguments, remedy, timeline_file, capsys):
+def test_wrong_use_says_what_to_do(arguments, remedy, timeline_file, tmp_path, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     assert main(["whatif", str(timeline_file), *arguments]) == 2
-    assert remedy in capsys.readouterr().err
+    seen = capsys.readouterr()
+    assert remedy in seen.err and len(seen.err) < 600
+    assert seen.out == "", "nothing is worked out before what was asked for is known to be right"
+    assert list(tmp_path.joinpath("here").iterdir()) == []
+
+
+def test_files_that_cannot_be_written_are_told_before_the_work(timeline_file, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "curve.png"
+    folder.mkdir()
+    assert main(["whatif", str(timeline_file), "--out", str(folder)]) == 2
+    assert "is a folder. Name a file in it." in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # a folder of somebody else's; root may write anywhere
+    assert main(["whatif", str(timeline_file), "--out", str(tmp_path / "c.png")]) == 2
+    assert "cannot be written here" in capsys.readouterr().err
+
+
+def test_the_timeline_is_not_written_over(timeline_file, capsys):
+    before = timeline_file.read_bytes()
+    arguments = ["--budget", "9GiB", "--plan", str(timeline_file), "--out", str(timeline_file.with_suffix(".png"))]
+    assert main(["whatif", str(timeline_file), *arguments]) == 2
+    assert "is the timeline itself" in capsys.readouterr().err
+    assert timeline_file.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: "", "damaged or no JSON"),
+        (lambda text: text[: len(text) // 2], "damaged or no JSON"),
+        (lambda text: "[" * 100_000, "damaged or no JSON"),
+        (lambda text: "\0" * 1000, "damaged or no JSON"),
+        (
+            lambda text: text.replace('"version": 1', '"version": 7'),
+            "has version 7, and this lighterage",
+        ),
+        (lambda text: re.sub('"ms": [0-9.]*', '"ms": 1e400', text, count=1), "cannot take inf ms"),
+        (lambda text: re.sub('"ms": [0-9.]*', '"ms": NaN', text, count=1), "cannot take nan ms"),
+        (lambda text: re.sub('"ms": [0-9.]*', '"ms": 1e300', text, count=1), "there is no such device"),
+        (lambda text: re.sub('"held_bytes": [0-9]*', '"held_bytes": 1' + 40 * "0", text), "there is no such device"),
+        (lambda text: re.sub('"work_bytes": [0-9]*', '"work_bytes": 1' + 40 * "0", text), "there is no such device"),
+        (lambda text: re.sub('"work_bytes": [0-9]*', '"work_bytes": ' + 5000 * "9", text), "4300 digits"),
+        (lambda text: re.sub('"nbytes": [0-9]*', '"nbytes": -5', text, count=1), "moves -5 of"),
+    ],
+)
+def test_a_damaged_timeline_is_told(damage, told, timeline_file, tmp_path, capsys):
+    timeline_file.write_text(damage(timeline_file.read_text()))
+    assert main(["whatif", str(timeline_file), "--out", str(tmp_path / "c.png")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "c.png").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [{"out_bytes_per_s": 0.0}, {"in_bytes_per_s": float("nan")}, {"both_bytes_per_s": float("inf")}]
+)
+def test_a_link_that_carries_nothing_is_told(change, timeline_file, tmp_path, capsys):
+    file = tmp_path / "link.json"
+    file.write_text(json.dumps(json.loads(LINK.to_json()) | change))
+    arguments = ["--link", str(file), "--out", str(tmp_path / "c.png")]
+    assert main(["whatif", str(timeline_file), *arguments]) == 2
+    assert "a link carries some bytes each way" in capsys.readouterr().err
+    assert main(["whatif", str(timeline_file), "--link", str(timeline_file), *arguments[2:]]) == 2
+    assert "a link was asked for, and this is a timeline" in capsys.readouterr().err
+
+
+def test_the_slowest_link_and_a_name_that_looks_like_a_formula_are_drawn(timeline_file, tmp_path):
+    file = tmp_path / "link.json"
+    slow = dataclasses.replace(LINK, name=r"$\frac{", out_bytes_per_s=1e3, in_bytes_per_s=1e3, both_bytes_per_s=1e3)
+    file.write_text(slow.to_json())
+    assert main(["whatif", str(timeline_file), "--link", str(file), "--out", str(tmp_path / "c.png")]) == 0
 
 
 def test_a_foreign_file_and_a_missing_one_are_named(tmp_path, capsys):
@@ -90,6 +188,9 @@ def test_a_foreign_file_and_a_missing_one_are_named(tmp_path, capsys):
     assert "none.json: No such file" in capsys.readouterr().err
     file.write_bytes(b"\x89PNG\xff")
     assert main(["whatif", str(file)]) == 2
+    capsys.readouterr()
+    assert main(["whatif", str(tmp_path)]) == 2
+    assert "Is a directory" in capsys.readouterr().err
 
 
 def test_without_matplotlib_it_says_what_to_install(timeline_file, monkeypatch, capsys):

@@ -69,7 +69,8 @@ def draw_planned_step(config: DemoConfig, text: Tensor, *, on_step: Callable[[in
     draw_step(
         simulate(timeline, plan, link),
         path=figure,
-        title=f"The step as planned, at most {slowdown:.0%} slower",
+        title=f"A step as planned, to take at most {slowdown:.0%} longer: memory above, copies under it",
         plain=simulate(timeline, kept, link),
+        memory_name="device memory" if device.type == "cuda" else "saved tensors on the device",
     )
     return PlannedStep(why=plan.why, figure=figure)

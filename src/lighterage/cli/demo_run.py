@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 
 import torch
@@ -18,6 +19,7 @@ from lighterage.cli.demo_plan import MOST_STEPS, draw_planned_step
 from lighterage.cli.demo_plot import draw
 from lighterage.cli.demo_text import standard_library_text
 from lighterage.cli.demo_train import RunResult, reproducible, train
+from lighterage.engine import host_memory
 
 _MIB = 1024**2
 FEWEST_TIMED = 5
@@ -37,8 +39,12 @@ def choose(args: argparse.Namespace) -> DemoConfig:
         raise ValueError(f"--device {device}: {error}") from error
     if kind not in ("cpu", "cuda"):
         raise ValueError(f"--device {device}: the demo runs on cpu and cuda.")
-    if kind == "cuda" and not torch.cuda.is_available():
+    if kind == "cpu":
+        device = "cpu"  # it has one, whatever its number
+    elif not torch.cuda.is_available():
         raise ValueError(f"--device {device}: PyTorch finds no CUDA device here. Leave --device out to use the CPU.")
+    elif (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices here, from 0.")
     preset = PRESETS[args.model]["quick" if args.quick else "gpu" if kind == "cuda" else "cpu"]
     names = (
         "recipe",
@@ -56,7 +62,21 @@ def choose(args: argparse.Namespace) -> DemoConfig:
         "out",
     )
     given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    return dataclasses.replace(preset, device=device, **given)
+    config = dataclasses.replace(preset, device=device, **given)
+    there = torch.cuda.mem_get_info(device)[1] if kind == "cuda" else host_memory.total_bytes()
+    if (least := _least_bytes(config)) > there:
+        raise ValueError(
+            f"a model of these sizes takes {least / _MIB:,.0f} MiB at the very least, and there are "
+            f"{there / _MIB:,.0f} MiB. Take fewer --layers, a smaller --hidden, --seq or --batch, or fewer --experts."
+        )
+    return config
+
+
+def _least_bytes(config: DemoConfig) -> int:
+    """Weights of attention and network, their gradients and two moments of each, and a layer's input for each token."""
+    networks = config.experts if config.model == "moe" else 1
+    weights = config.layers * config.hidden**2 * (4 + 3 * networks)
+    return 2 * (4 * weights + config.layers * config.batch * config.seq * config.hidden)
 
 
 def run(config: DemoConfig) -> int:
@@ -65,6 +85,12 @@ def run(config: DemoConfig) -> int:
     if not console.is_terminal:
         console = Console(width=110)
     text = standard_library_text()
+    if len(text) <= config.seq:
+        print(
+            f"lighterage demo: --seq {config.seq} is as much as there is to train on, {len(text)} bytes. Take less.",
+            file=sys.stderr,
+        )
+        return 2
     console.print(
         f"Training on {len(text) / _MIB:.1f} MiB of Python's standard library, on {_device_name(config)}: "
         f"{_model_name(config)}, {config.batch} × {config.seq} bytes a step, {config.steps} steps, seed {config.seed}.",

@@ -47,6 +47,9 @@ class RunResult:
     live_bytes: list[int]
     """Bytes of activations and temporaries on the device, after every operation of one step."""
 
+    backward_ms: float
+    """Where in the step backward began."""
+
     num_allocations: int | None
     """Without offload: allocations worth moving that one step saved in the layers whose saved tensors are to move."""
 
@@ -116,7 +119,8 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
     assert live is not None, "the last step is watched"
     if device.type != "cuda":
         peak_bytes = max(nbytes for _, nbytes in live.samples)
-    times_ms, live_bytes = over_time(live.samples, [statistics.median(at) for at in zip(*places_ms, strict=True)])
+    median_places_ms = [statistics.median(at) for at in zip(*places_ms, strict=True)]
+    times_ms, live_bytes = over_time(live.samples, median_places_ms)
     return RunResult(
         losses=losses,
         gradients=gradients,
@@ -125,6 +129,7 @@ def train(config: DemoConfig, text: Tensor, *, offload: bool, on_step: Callable[
         peak_bytes=peak_bytes,
         times_ms=times_ms,
         live_bytes=live_bytes,
+        backward_ms=median_places_ms[config.layers + 1],
         num_allocations=None if offload else saved.count,
         stats=stats,
         report=report,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lighterage.cli.arguments import check_writable
 from lighterage.planner.figures import rate, size
 
 if TYPE_CHECKING:
@@ -60,10 +61,21 @@ def run(args: argparse.Namespace) -> int:
         return 2
     if device.type != "cpu" and device == torch.device(device.type):
         device = torch.device(device.type, torch.accelerator.current_device_index())
-    found = examine(device, args.disk_dir)
-    if args.link is not None and found.link is None:
-        print("lighterage doctor: --link: there is no link of an accelerator to write here.", file=sys.stderr)
+    if device.type != "cpu" and not 0 <= device.index < torch.accelerator.device_count():
+        print(
+            f"lighterage doctor: --device {device}: there are {torch.accelerator.device_count()} here, from 0.",
+            file=sys.stderr,
+        )
         return 2
+    if args.link is not None:
+        try:
+            if device.type == "cpu":
+                raise ValueError("--link: there is no link of an accelerator to write here.")
+            check_writable("--link", args.link, endings=(".json",))  # before the measuring, not after
+        except ValueError as error:
+            print(f"lighterage doctor: {error}", file=sys.stderr)
+            return 2
+    found = examine(device, args.disk_dir)
     if args.link is not None and found.link is not None:
         args.link.write_text(found.link.to_json() + "\n")
     print(json.dumps(dataclasses.asdict(found), indent=1) if args.json else describe(found))

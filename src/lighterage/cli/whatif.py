@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lighterage.cli.arguments import check_writable
 from lighterage.errors import BudgetError
 from lighterage.planner.choose import plan
 from lighterage.planner.figures import parse_size, rate, size
@@ -20,6 +21,12 @@ from lighterage.planner.timeline import Link, Timeline
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+_PICTURES = (".png", ".svg", ".pdf", ".jpg")
+_MOST_BYTES = 1 << 60
+_MOST_MS = 1e12
+_RATES = (1e3, 1e18)
+_MOST_SLOWDOWN = 1e6
 
 _DESCRIPTION = """\
 From a timeline that was measured (offloader.timeline.to_json()), work out the best that can be had on one or more
@@ -69,11 +76,12 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError("--plan needs a goal: give --budget or --max-slowdown.")
         if args.plan is not None and args.link is not None and len(args.link) > 1:
             raise ValueError(f"--plan writes one plan, and {len(args.link)} links were given. Give one --link.")
-        timeline = Timeline.from_json(args.timeline.read_text())
-        if not timeline.step_ms:
-            raise ValueError(
-                f"{args.timeline} is of a step that takes no time. Keep offloader.timeline once it is there."
-            )
+        check_writable("--out", args.out, endings=_PICTURES)
+        if args.plan is not None:
+            check_writable("--plan", args.plan, endings=(".json",))
+            if args.plan.exists() and args.plan.samefile(args.timeline):
+                raise ValueError(f"--plan {args.plan} is the timeline itself. Name another file.")
+        timeline = _timeline(args.timeline)
         links = [_link(text) for text in args.link or ["pcie5"]]
         goal = _goal(args)
         return _show(args, timeline, links, goal)
@@ -81,19 +89,49 @@ def run(args: argparse.Namespace) -> int:
         print(f"lighterage whatif: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"lighterage whatif: {error.filename}: {error.strerror}.", file=sys.stderr)
+        print(f"lighterage whatif: {str(error.filename)[:100]}: {error.strerror}.", file=sys.stderr)
         return 2
+
+
+def _timeline(path: Path) -> Timeline:
+    timeline = Timeline.from_json(path.read_text())
+    if not timeline.step_ms:
+        raise ValueError(f"{path} is of a step that takes no time. Keep offloader.timeline once it is there.")
+    nbytes = max(
+        [phase.work_bytes for phase in timeline.phases]
+        + [allocation.held_bytes for section in timeline.sections for allocation in section.allocations]
+    )
+    if timeline.step_ms > _MOST_MS or nbytes > _MOST_BYTES:
+        raise ValueError(
+            f"{path} is of a step of {timeline.step_ms:.3g} ms with {nbytes:.3g} bytes in one place: there is no such "
+            "device, so the file is damaged. Measure again."
+        )
+    return timeline
 
 
 def _link(text: str) -> Link:
     path = Path(text)
-    return Link.from_json(path.read_text()) if path.suffix == ".json" else link_named(text)
+    link = Link.from_json(path.read_text()) if path.suffix == ".json" else link_named(text)
+    low, high = _RATES
+    for each in (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s):
+        if not low <= each <= high:
+            raise ValueError(
+                f"a link carries from {low:.0e} to {high:.0e} bytes a second; got {each:.3g} ({text[:60]!r})."
+            )
+    return link
 
 
 def _goal(args: argparse.Namespace) -> Goal | None:
     if args.budget is None and args.max_slowdown is None:
         return None
-    budget = None if args.budget is None else parse_size(args.budget)
+    try:
+        budget = None if args.budget is None else parse_size(args.budget)
+    except OverflowError:
+        raise ValueError(f"--budget {args.budget[:60]} is more than any device has.") from None
+    if budget is not None and budget > _MOST_BYTES:
+        raise ValueError(f"--budget {args.budget[:60]} is more than any device has.")
+    if args.max_slowdown is not None and args.max_slowdown > _MOST_SLOWDOWN:
+        raise ValueError(f"--max-slowdown is a part of the step, 0.02 for 2 %; got {args.max_slowdown}.")
     return Goal(device_budget=budget, max_slowdown=args.max_slowdown, recompute=args.recompute)
 
 
@@ -106,10 +144,10 @@ def _show(args: argparse.Namespace, timeline: Timeline, links: list[Link], goal:
         f"{size(kept.peak_bytes)} with everything kept."
     )
     status = 0
-    curves: list[tuple[str, tuple[ParetoPoint, ...]]] = []
+    curves: list[tuple[Link, tuple[ParetoPoint, ...]]] = []
     for link in links:
         curve = pareto(timeline, link, recompute=args.recompute)
-        curves.append((link.name or "link", curve))
+        curves.append((link, curve))
         print(f"\n{_named(link)}")
         print(_table(curve, kept.peak_bytes))
         if goal is None:
@@ -127,7 +165,8 @@ def _show(args: argparse.Namespace, timeline: Timeline, links: list[Link], goal:
     draw_curves(
         curves,
         path=args.out,
-        title=f"{timeline.device or 'A step'} of {timeline.step_ms:.0f} ms: peak memory against step time",
+        device=timeline.device or "a device without a name",
+        step_ms=timeline.step_ms,
         kept_bytes=kept.peak_bytes,
         budget_bytes=goal.device_budget if goal else None,
         max_slowdown=goal.max_slowdown if goal else None,
