@@ -54,6 +54,8 @@ def test_copies_and_pickles_keep_the_recipe() -> None:
 def test_a_wrong_recipe_is_told_when_the_layer_is_made() -> None:
     with pytest.raises(TypeError, match="recipe"):
         Linear(16, 16, recipe="fp8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bias must be True or False"):
+        Linear(16, 16, bias="no")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("make", [lambda r: Linear(60, 64, recipe=r), lambda r: GroupedLinear(2, 64, 60, recipe=r)])
