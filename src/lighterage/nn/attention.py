@@ -148,8 +148,8 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); or (T, D) of packed sequences, which end at `cu_seqlens`, to (T, D).
 
-        Raises: ValueError, TypeError: on another shape; if a sequence is longer than `max_positions`, or the ends do not
-        rise to the tokens, where the host knows.
+        Raises: ValueError, TypeError: on another shape; where the host knows, if a sequence is longer than
+        `max_positions` or the ends do not rise to the tokens.
         """
         check_tensor("x", x)
         if x.ndim != (3 if cu_seqlens is None else 2):
