@@ -131,8 +131,8 @@ def test_rows_past_sizes_in_a_tensor_are_nobodys_whatever_device_they_lie_on(
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(total + 32, n, generator=generator).to(bf16) for n in (64, 64))
     leaves = [torch.randn(*shape, generator=generator).to(bf16) for shape in ((num, 64, 64), (num, 64))]
-    for rows in (x, dy):
-        rows[total:] *= 1e-3  # a scale for the whole tensor sees all rows, and must be the same
+    for rows, rest in ((x, float("inf")), (dy, 1e3)):
+        rows[total:] = rest  # what a scale for the whole tensor must not see
     found = []
     for rows, m_splits in ((slice(None), torch.tensor(sizes)), (slice(total), sizes)):
         x_, w, b = (leaf.clone().requires_grad_() for leaf in (x[rows], *leaves))
