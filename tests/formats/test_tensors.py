@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from lighterage.formats.quantized_tensor import rebuild
+from lighterage.ops import linear
+from lighterage.recipes import Float8BlockScaling
 from tests.formats.cases import ALL, bytes_equal, same_codes
 from tests.kernels.inputs import make_input
 
@@ -298,6 +300,17 @@ def test_dtensor_wraps_it_and_flattens_through(mesh: object) -> None:
         assert "_local_tensor" in wrapped.__tensor_flatten__()[0]
         names, _ = wrapped._local_tensor.__tensor_flatten__()
         assert all(bytes_equal(getattr(wrapped._local_tensor, field), getattr(q, field)) for field in names)
+
+
+def test_a_dtensor_is_not_quantized_but_its_part_is(mesh: object) -> None:
+    whole = distribute_tensor(X, mesh, [Shard(0)])
+    for make in ALL.values():
+        with pytest.raises(TypeError, match=r"to_local\(\)"):
+            make()(whole)
+        assert same_codes(make()(whole.to_local()), make()(X))
+    for x, weight in ((whole, X), (X, whole), (whole, whole)):
+        with pytest.raises(TypeError, match=r"to_local\(\)"):
+            linear(x, weight, recipe=Float8BlockScaling())
 
 
 def test_compiled_functions_take_it_and_give_it_back() -> None:
