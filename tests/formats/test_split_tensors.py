@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -95,3 +99,23 @@ def test_a_group_without_buffers_says_so() -> None:
     tensors, _ = split_quantize(torch.randn(4, 8, 64), [3, 1], [ALL["fp8_tensor"]()] * 2)
     assert (tensors.format_name, tensors.buffers, tensors.options, tensors.num_cols) == (None, {}, {}, 64)
     assert tensors.splits.host == (24, 8) and tensors.block_2d is False and tensors.dtype == torch.float32
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Threads take turns as often as Python lets them."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval)
+
+
+def test_threads_that_look_at_once_see_the_same_members(eager_threads: None) -> None:
+    x = torch.randn(32 * 16, 32, dtype=torch.bfloat16)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(20):
+            tensors, _ = split_quantize(x, [16] * 32, [Float8BlockQuantizer()] * 32)
+            looks = [threads.submit(list, tensors) for _ in range(4)]
+            seen = [look.result() for look in looks]
+            assert all(a is b for other in seen[1:] for a, b in zip(seen[0], other, strict=True))
+            assert tensors.num_missing == 0 and set(tensors.buffers) == {"rowwise", "columnwise"}

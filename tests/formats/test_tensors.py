@@ -10,9 +10,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor, init_device_mesh
 
 from lighterage.formats.quantized_tensor import rebuild
+from lighterage.ops import linear
+from lighterage.recipes import Float8BlockScaling
 from tests.formats.cases import ALL, bytes_equal, same_codes
 from tests.kernels.inputs import make_input
 
@@ -239,6 +241,42 @@ def test_saved_for_backward_with_and_without_hooks(name: str) -> None:
         assert torch.equal(w.grad, q.dequantize())
 
 
+@every_format
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_a_parameter_stays_one_when_it_is_copied_or_saved(name: str, requires_grad: bool) -> None:
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(ALL[name]()(X), requires_grad=requires_grad)
+    if requires_grad:
+        (module.weight * 2).sum().backward()
+        assert torch.equal(copy.deepcopy(module).weight.grad, torch.full_like(X, 2))
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)
+    for other in (copy.deepcopy(module), copy.copy(module), pickle.loads(pickle.dumps(module)), loaded):
+        assert isinstance(other.weight, torch.nn.Parameter) and other.weight.requires_grad == requires_grad
+        assert same_codes(other.weight, module.weight)
+    assert not isinstance(copy.deepcopy(module.weight.detach()), torch.nn.Parameter)
+
+
+@every_format
+def test_a_leaf_requires_its_gradient_when_it_is_copied(name: str) -> None:
+    q = ALL[name]()(X).requires_grad_()
+    for other in (copy.deepcopy(q), copy.copy(q), pickle.loads(pickle.dumps(q))):
+        assert other.requires_grad and other.is_leaf and not isinstance(other, torch.nn.Parameter)
+
+
+@every_format
+def test_codes_are_not_lost_in_a_tensor_that_has_gone_away(name: str) -> None:
+    quantizer = ALL[name]()
+    out = quantizer(X)
+    out.update_usage(rowwise_usage=False, columnwise_usage=False)
+    with pytest.raises(ValueError, match="both usages"):
+        quantizer.update(X, out)
+    with pytest.raises(ValueError, match="both usages"):
+        out.copy_(quantizer(X))
+
+
 def test_deep_copies_of_one_buffer_share_one_buffer_again() -> None:
     q = ALL["nvfp4"]()(X)
     both = copy.deepcopy([q, q.detach()])
@@ -262,6 +300,17 @@ def test_dtensor_wraps_it_and_flattens_through(mesh: object) -> None:
         assert "_local_tensor" in wrapped.__tensor_flatten__()[0]
         names, _ = wrapped._local_tensor.__tensor_flatten__()
         assert all(bytes_equal(getattr(wrapped._local_tensor, field), getattr(q, field)) for field in names)
+
+
+def test_a_dtensor_is_not_quantized_but_its_part_is(mesh: object) -> None:
+    whole = distribute_tensor(X, mesh, [Shard(0)])
+    for make in ALL.values():
+        with pytest.raises(TypeError, match=r"to_local\(\)"):
+            make()(whole)
+        assert same_codes(make()(whole.to_local()), make()(X))
+    for x, weight in ((whole, X), (X, whole), (whole, whole)):
+        with pytest.raises(TypeError, match=r"to_local\(\)"):
+            linear(x, weight, recipe=Float8BlockScaling())
 
 
 def test_compiled_functions_take_it_and_give_it_back() -> None:

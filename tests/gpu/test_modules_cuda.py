@@ -128,6 +128,24 @@ def test_with_splits_on_the_device_the_host_never_waits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ON_DEVICE)
+def test_what_lies_past_the_last_split_changes_no_bit(name: str) -> None:
+    splits = torch.tensor([256, 0, 384, 128], device="cuda")
+    layer = GroupedLinear(4, 256, 512, recipe=ON_DEVICE[name], device="cuda", dtype=bf16)
+    rows = torch.randn(1024, 256, device="cuda", dtype=bf16)
+    gradient = torch.randn(1024, 512, device="cuda", dtype=bf16)
+    found = []
+    for rest in (0.0, float("inf")):
+        x, dy = rows.clone(), gradient.clone()
+        x[768:], dy[768:] = rest, rest
+        torch.manual_seed(3)
+        y = layer(x.requires_grad_(), splits)
+        y.backward(dy)
+        assert x.grad is not None
+        found.append([y, x.grad, *cases.gradients(layer.parameters())])
+    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("name", ON_DEVICE)
 def test_splits_on_the_device_give_the_bits_of_splits_on_the_host(name: str) -> None:
     recipe = ON_DEVICE[name]
     sizes = [256, 0, 384, 128]

@@ -56,6 +56,30 @@ def test_positions_begin_anew_in_each_sequence():
     assert positions_of(7, torch.tensor([0, 3, 3, 7])).tolist() == [0, 1, 2, 0, 1, 2, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_ends_of_sequences_may_be_any_whole_numbers(dtype):
+    module, x, ends = SelfAttention(32, 2), torch.randn(9, 32), torch.tensor([0, 3, 3, 9])
+    assert torch.equal(module(x, cu_seqlens=ends.to(dtype)), module(x, cu_seqlens=ends))
+
+
+@pytest.mark.parametrize(
+    ("x", "ends", "error", "match"),
+    [
+        (torch.randn(8, 32), torch.tensor([0, 8]), ValueError, "positions for 6 tokens; got 8"),
+        (torch.randn(8, 32), torch.tensor([2, 4, 8]), ValueError, "rise from 0 to the 8 tokens of x"),
+        (torch.randn(8, 32), torch.tensor([0.0, 8.0]), ValueError, "cu_seqlens must be whole numbers"),
+        (torch.randn(8, 32), torch.tensor([[0, 8]]), ValueError, "cu_seqlens must be whole numbers"),
+        (torch.randn(8, 32), [0, 4, 8], TypeError, "cu_seqlens must be a torch.Tensor"),
+        (torch.randn(1, 4, 32), torch.tensor([0, 4]), ValueError, r"x must be \(tokens, width\)"),
+        (torch.randn(4, 32), None, ValueError, r"x must be \(batch, tokens, width\)"),
+        (torch.randn(32), None, ValueError, r"x must be \(batch, tokens, width\)"),
+    ],
+)
+def test_sequences_that_do_not_fit_are_refused_before_their_positions_are_looked_up(x, ends, error, match):
+    with pytest.raises(error, match=match):
+        SelfAttention(32, 2, max_positions=6)(x, cu_seqlens=ends)
+
+
 def test_wrong_options_are_refused_when_the_module_is_made():
     with pytest.raises(ValueError, match="dropout must be"):
         DotProductAttention(dropout=2.0)

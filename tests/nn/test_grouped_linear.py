@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize, prune
 
 from lighterage.formats.splits import Splits
 from lighterage.nn import GroupedLinear
@@ -109,6 +110,23 @@ def test_an_optimizer_step_keeps_them_side_by_side() -> None:
     layer(torch.randn(96, K).to(bf16), SPLITS).sum().backward()
     optimizer.step()
     assert are_side_by_side(_weights(layer)) and not torch.equal(before, layer.weight0)
+
+
+@pytest.mark.parametrize("single_weight", [True, False])
+def test_weights_may_be_pruned_or_made_of_others(single_weight: bool) -> None:
+    layer, x = GroupedLinear(2, K, N, single_weight=single_weight), torch.randn(64, K)
+    name = "weight" if single_weight else "weight1"
+    parametrize.register_parametrization(layer, name, nn.Tanh())
+    prune.l1_unstructured(layer, "bias" if single_weight else "bias1", amount=0.5)
+    y = layer.double().float()(x, [32, 32])  # casts pack what is there to be packed
+    weight, bias = (getattr(layer, name)[1] if single_weight else getattr(layer, name) for name in _last(layer))
+    assert torch.allclose(y[32:], x[32:] @ weight.t() + bias, atol=1e-6)
+    y.sum().backward()
+    assert getattr(layer.parametrizations, name).original.grad.any()
+
+
+def _last(layer: GroupedLinear) -> tuple[str, str]:
+    return ("weight", "bias") if layer.single_weight else ("weight1", "bias1")
 
 
 def test_splits_are_integers_a_tensor_or_splits() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lighterage.nn import GroupedLinear, Linear
+from lighterage.nn import GatedMLP, GroupedLinear, Linear, MoE
 from lighterage.recipes import Float8BlockScaling, Float8CurrentScaling
 
 
@@ -54,9 +54,19 @@ def test_copies_and_pickles_keep_the_recipe() -> None:
 def test_a_wrong_recipe_is_told_when_the_layer_is_made() -> None:
     with pytest.raises(TypeError, match="recipe"):
         Linear(16, 16, recipe="fp8")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="bias must be True or False"):
+        Linear(16, 16, bias="no")  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("make", [lambda r: Linear(60, 64, recipe=r), lambda r: GroupedLinear(2, 64, 60, recipe=r)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda r: Linear(60, 64, recipe=r),
+        lambda r: GroupedLinear(2, 64, 60, recipe=r),
+        lambda r: GatedMLP(64, 60, recipe=r),
+        lambda r: MoE(60, 64, 4, 2, recipe=r),
+    ],
+)
 def test_a_width_that_the_recipe_cannot_have_is_refused_when_the_layer_is_made(make):
     with pytest.raises(ValueError, match=r"needs input and output features divisible by 16; got .*60"):
         make(Float8BlockScaling())

@@ -77,6 +77,15 @@ def test_packed_sequences_may_attend_to_others():
     torch.testing.assert_close(out, wanted, atol=1e-6, rtol=1e-5)
 
 
+def test_packed_float64_has_the_gradients_of_the_formula():
+    q, k, v = (heads(1, seed=seed).detach().double().requires_grad_() for seed in range(3))
+    out = attention(q[0], k[0], v[0], cu_seqlens=torch.tensor([0, 5, 12]))
+    wanted = torch.cat([plainly(q[:, a:b], k[:, a:b], v[:, a:b], False, None)[0] for a, b in ((0, 5), (5, 12))])
+    found = torch.autograd.grad(out.square().sum(), (q, k, v))
+    for grad, by_formula in zip(found, torch.autograd.grad(wanted.square().sum(), (q, k, v)), strict=True):
+        torch.testing.assert_close(grad, by_formula, atol=1e-12, rtol=1e-12)
+
+
 def test_packed_sequences_save_each_byte_once():
     """A kernel for each sequence, and yet what is saved is five allocations, the output one of them."""
     q, k, v = (heads(1, seed=seed)[0].detach().clone().requires_grad_() for seed in range(3))
@@ -294,6 +303,7 @@ def test_marks_are_for_outputs_that_a_kernel_saved(grad):
     ("change", "match"),
     [
         ({"k": heads(num_heads=3), "v": heads(num_heads=3)}, "divide the number of query heads"),
+        ({"k": heads(num_heads=0), "v": heads(num_heads=0)}, "divide the number of query heads"),
         ({"k": heads(tokens=9), "v": heads(tokens=9), "causal": True}, "as many keys as queries"),
         ({"v": heads(tokens=9)}, "same tokens and heads"),
         ({"q": heads()[0]}, "cu_seqlens"),

@@ -82,7 +82,9 @@ def test_gradients_are_those_of_finite_differences():
     assert torch.autograd.gradcheck(lambda x: unpermute(permute(x, plan).sin(), plan), x)
     h = permute(x.detach(), plan).requires_grad_()
     assert torch.autograd.gradcheck(lambda h: permute(unpermute(h, plan).cos(), plan), h)
-    assert torch.autograd.gradcheck(lambda w: weights_of_rows(w, plan).sin(), weights.double().requires_grad_())
+    weights = weights.double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda w: weights_of_rows(w, plan).sin(), weights)
+    assert torch.autograd.gradcheck(lambda h, w: unpermute(h, plan, w).cos(), (h, weights))
 
 
 def test_weighting_rows_before_a_linear_layer_is_weighting_its_output():

@@ -105,6 +105,12 @@ CALLS: dict[str, tuple[Callable[..., object], str]] = {
     "features": (lambda: nn.Linear("64", 64), "in_features must be a whole number"),
     "moe of a vector": (lambda: nn.MoE(64, 32, 4, 1)(torch.zeros(64)), r"x must be \(\*, 64\)"),
     "moe of other widths": (lambda: nn.MoE(64, 32, 4, 1)(torch.zeros(3, 63)), r"x must be \(\*, 64\)"),
+    "moe score": (lambda: nn.MoE(64, 32, 4, 1, score="x"), "score must be one of"),
+    "moe balance": (lambda: nn.MoE(64, 32, 4, 1, balance_weight="x"), "balance_weight must be a number"),
+    "moe z weight": (lambda: nn.MoE(64, 32, 4, 1, z_weight=float("nan")), "z_weight must be finite"),
+    "moe shared": (lambda: nn.MoE(64, 32, 4, 1, shared_ffn_size=-1), "shared_ffn_size must be at least 0"),
+    "moe backend": (lambda: nn.MoE(64, 32, 4, 1, backend="x"), "backend must be one of"),
+    "gated save": (lambda: nn.GatedMLP(64, 32, save_activation="x"), "save_activation must be one of"),
     "moe top_k": (lambda: nn.MoE(64, 32, 4, 1.5), "top_k must be a whole number"),
     "no heads": (lambda: nn.SelfAttention(64, 0), "num_heads must be at least 1"),
     "no network": (lambda: nn.TransformerBlock(64, 4, None), "feed_forward must be a torch.nn.Module"),
@@ -131,8 +137,8 @@ def test_rows_past_sizes_in_a_tensor_are_nobodys_whatever_device_they_lie_on(
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(total + 32, n, generator=generator).to(bf16) for n in (64, 64))
     leaves = [torch.randn(*shape, generator=generator).to(bf16) for shape in ((num, 64, 64), (num, 64))]
-    for rows in (x, dy):
-        rows[total:] *= 1e-3  # a scale for the whole tensor sees all rows, and must be the same
+    for rows, rest in ((x, float("inf")), (dy, 1e3)):
+        rows[total:] = rest  # what a scale for the whole tensor must not see
     found = []
     for rows, m_splits in ((slice(None), torch.tensor(sizes)), (slice(total), sizes)):
         x_, w, b = (leaf.clone().requires_grad_() for leaf in (x[rows], *leaves))

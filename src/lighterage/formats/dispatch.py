@@ -156,6 +156,11 @@ def _copy(args: tuple[object, ...], kwargs: Mapping[str, object]) -> object:
             f"copy_ into {target!r} needs a tensor of the same class, shape and options; got {source!r}. "
             "Quantize new values into it with quantizer.update(x, out)."
         )
+    if not inner_of(target):
+        raise ValueError(
+            f"there is nothing to copy into: both usages of {target!r} were dropped. Restore it first, or call the "
+            "quantizer to make a new one."
+        )
     codes = inner_of(source)
     missing = [name for name in inner_of(target) if name not in codes]
     if missing:

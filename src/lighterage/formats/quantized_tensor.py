@@ -257,6 +257,22 @@ def check_field(tensor: torch.Tensor, name: str, value: torch.Tensor, spec: View
         )
 
 
+def _as_leaf_like(tensor: T, wanted: torch.Tensor | Mapping[str, object]) -> T:
+    """`tensor`, new, as what `wanted` is to autograd and to modules: a parameter, a leaf that requires a gradient."""
+    if isinstance(wanted, torch.Tensor):
+        wanted = _leaf_state(wanted)
+    needs_grad = bool(wanted.get("requires_grad", False))
+    if wanted.get("is_parameter", False):
+        return cast(T, torch.nn.Parameter(tensor, requires_grad=needs_grad))
+    tensor.requires_grad_(needs_grad)
+    return tensor
+
+
+def _leaf_state(tensor: torch.Tensor) -> dict[str, object]:
+    is_parameter = isinstance(tensor, torch.nn.Parameter)
+    return {"is_parameter": is_parameter, "requires_grad": tensor.is_leaf and tensor.requires_grad}
+
+
 def flatten(tensor: torch.Tensor) -> tuple[list[str], dict[str, object]]:
     """What `__tensor_flatten__` returns: names of the plain tensors that are there, and all else."""
     return list(inner_of(tensor)), {**options_of(tensor), "dtype": tensor.dtype, "device": tensor.device}
@@ -278,7 +294,8 @@ def reduce(tensor: torch.Tensor) -> tuple[object, ...]:
     inner = inner_of(tensor)
     bytes_of = {name: value.view(torch.uint8) for name, value in inner.items()}
     dtypes = {name: value.dtype for name, value in inner.items()}
-    return rebuild, (type(tensor), bytes_of, dtypes, flatten(tensor)[1], tuple(tensor.shape))
+    context = {**flatten(tensor)[1], **_leaf_state(tensor)}
+    return rebuild, (type(tensor), bytes_of, dtypes, context, tuple(tensor.shape))
 
 
 def rebuild(
@@ -289,13 +306,17 @@ def rebuild(
     shape: Sequence[int],
 ) -> T:
     """The inverse of `reduce`; name it and the class to `torch.serialization.add_safe_globals` to load weights only."""
-    return unflatten(cls, {name: value.view(dtypes[name]) for name, value in bytes_of.items()}, context, shape)
+    inner = {name: value.view(dtypes[name]) for name, value in bytes_of.items()}
+    return _as_leaf_like(unflatten(cls, inner, context, shape), context)
 
 
 def deepcopy(tensor: T, memo: dict[int, object]) -> T:
     """A deep copy. Tensors that share one buffer and are copied together share one buffer again."""
     if id(tensor) not in memo:
-        memo[id(tensor)] = map_inner(tensor, partial(copy.deepcopy, memo=memo))
+        copied = _as_leaf_like(map_inner(tensor, partial(copy.deepcopy, memo=memo)), tensor)
+        memo[id(tensor)] = copied
+        if tensor.is_leaf and tensor.grad is not None:
+            copied.grad = copy.deepcopy(tensor.grad, memo)
     return cast(T, memo[id(tensor)])
 
 

@@ -10,7 +10,7 @@ import torch
 from lighterage.formats.arguments import check_flag, is_one_of
 from lighterage.formats.parts import FormatName
 from lighterage.formats.quantized_tensor import T, options_of
-from lighterage.formats.tensor_arguments import check_no_transform
+from lighterage.formats.tensor_arguments import check_no_transform, check_not_distributed
 
 Backend = Literal["auto", "reference", "triton"]
 RoundingBits = Callable[[tuple[int, int]], torch.Tensor] | None
@@ -146,6 +146,7 @@ def check_input(x: object) -> None:
         raise TypeError(f"quantization needs a strided bf16, fp16 or fp32 tensor; got {got}. Cast x first.")
     if hasattr(x, "FIELDS"):
         raise TypeError(f"x is quantized already: {x!r}. Call x.dequantize() first, or use it as it is.")
+    check_not_distributed("x", x)
     check_no_transform("quantization")
     if x.is_nested:
         raise TypeError("quantization needs a strided tensor; got a nested one. Pass its values: x.values().")

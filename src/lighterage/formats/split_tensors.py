@@ -103,21 +103,22 @@ class Group:
 
 @final
 class SplitTensors(Sequence[torch.Tensor]):
-    """The tensors of one `split_quantize`: a sequence that gives the same object every time.
+    """The tensors of one `split_quantize`: a sequence that gives the same object every time, to every thread.
 
     Members over bulk buffers are made when they are first looked at. Until the last one is made, the sequence itself
     holds the buffers: drop it, call `update_usage`, or look at every member, to let the members alone decide. Where
     only the device knows the splits, the first look at a member waits for it; the attributes never do.
     """
 
-    __slots__ = ("_buffers", "_group", "_members", "_num_missing")
+    __slots__ = ("_buffers", "_group", "_members")
 
     def __init__(self, group: Group, *, members: Sequence[torch.Tensor] | None = None, buffers: Buffers | None = None):
         """Either all `members` are there, or they will be made over `buffers`."""
         self._group = group
         self._buffers = dict(buffers or {})
-        self._members: list[torch.Tensor | None] = [None] * group.splits.num_splits if members is None else [*members]
-        self._num_missing = len(self._members) if members is None else 0
+        # By index, in the order in which they were made. Threads may make one member at a time: the first that puts it
+        # in wins, which is one step of a dict, and so is every other change here.
+        self._members: dict[int, torch.Tensor] = dict(enumerate(members or ()))
 
     @property
     def splits(self) -> Splits:
@@ -155,8 +156,9 @@ class SplitTensors(Sequence[torch.Tensor]):
 
         A direction that was dropped or never made is not among them, nor one that only some members hold.
         """
-        if self._num_missing:
-            return dict(self._buffers)
+        buffers = self._buffers
+        if self.num_missing:
+            return dict(buffers)
         found = {direction: self._buffer_of_members(direction) for direction in self._group.layouts}
         return {direction: buffer for direction, buffer in found.items() if buffer is not None}
 
@@ -182,7 +184,7 @@ class SplitTensors(Sequence[torch.Tensor]):
         return SplitTensors(self._group, buffers=buffers)
 
     def __len__(self) -> int:
-        return len(self._members)
+        return self._group.splits.num_splits
 
     @overload
     def __getitem__(self, index: int) -> torch.Tensor: ...
@@ -191,13 +193,12 @@ class SplitTensors(Sequence[torch.Tensor]):
     def __getitem__(self, index: int | slice) -> torch.Tensor | list[torch.Tensor]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        member = self._members[index]
+        place = range(len(self))[index]
+        member = self._members.get(place)
         if member is None:
-            place = index if index >= 0 else index + len(self)
-            member = self._members[index] = self._group.make(place, self._buffers)
-            self._num_missing -= 1
-            if self._num_missing == 0:
-                self._buffers.clear()
+            member = self._members.setdefault(place, self._group.make(place, self._buffers))
+            if not self.num_missing:
+                self._buffers = {}
         return member
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -218,7 +219,7 @@ class SplitTensors(Sequence[torch.Tensor]):
         Raises: ValueError: if a direction is asked for that is not there and cannot be made.
         """
         wanted = {"rowwise": rowwise_usage, "columnwise": columnwise_usage}
-        if self._num_missing and any(want and way not in self._buffers for way, want in wanted.items()):
+        if self.num_missing and any(want and way not in self._buffers for way, want in wanted.items()):
             self[:]
         for direction, want in wanted.items():
             if want is False:
@@ -229,12 +230,12 @@ class SplitTensors(Sequence[torch.Tensor]):
 
     def made(self) -> Sequence[torch.Tensor | None]:
         """The members, None where one has not been made; empty if none has."""
-        return self._members if self._num_missing < len(self) else ()
+        return [self._members.get(index) for index in range(len(self))] if self._members else ()
 
     @property
     def num_missing(self) -> int:
         """How many members have not been made."""
-        return self._num_missing
+        return len(self) - len(self._members)
 
     @property
     def group(self) -> Group:
@@ -243,7 +244,7 @@ class SplitTensors(Sequence[torch.Tensor]):
 
     def hold(self, direction: str, buffer: torch.Tensor) -> None:
         """Make the members that are still missing over `buffer`, which was checked."""
-        if self._num_missing:
+        if self.num_missing:
             self._buffers[direction] = buffer
 
     def _buffer_of_members(self, direction: str) -> torch.Tensor | None:
@@ -253,7 +254,7 @@ class SplitTensors(Sequence[torch.Tensor]):
         buffer = torch.empty(num_bytes if not any(layout.splits) else 0, dtype=torch.uint8, device=self.splits.device)
         for part in layout.parts:
             name = f"{direction}_{part.name}"
-            for member, offset_of_part in zip(self._members, layout.offsets(part), strict=True):
+            for member, offset_of_part in zip(self, layout.offsets(part), strict=True):
                 value: torch.Tensor | None = getattr(member, name)
                 if value is None:
                     return None

@@ -28,6 +28,18 @@ def check_tensor(name: str, value: object, *, dtypes: tuple[torch.dtype, ...] | 
         )
 
 
+def check_not_distributed(name: str, tensor: object) -> None:
+    """Check that a tensor is not a DTensor, of which this process has only a part.
+
+    Raises: TypeError.
+    """
+    if type(tensor) is not torch.Tensor and hasattr(type(tensor), "to_local"):
+        raise TypeError(
+            f"{name} must be a plain tensor; got a {type(tensor).__name__}, of which other processes may hold the "
+            f"rest. Pass {name}.to_local(), or {name}.full_tensor()."
+        )
+
+
 def check_has_values(name: str, tensor: object) -> None:
     """Check that a tensor is not on the meta device.
 

@@ -6,6 +6,7 @@ Shape suffixes: B sequences, S tokens of each, D model width, N query heads, G h
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Self
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 
 from lighterage.formats.arguments import check_count
 from lighterage.formats.quantizer import Quantizer
+from lighterage.formats.tensor_arguments import check_tensor
 from lighterage.nn.linear import Linear
-from lighterage.ops.attention import MarkOutput, attention, check_options
+from lighterage.ops.attention import MarkOutput, attention, check_ends, check_options
+from lighterage.ops.packed_attention import checked_bounds
 from lighterage.ops.rotary import rotary_table, rotate_heads
 from lighterage.recipes import Recipe
 
@@ -145,26 +148,39 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, *, cu_seqlens: Tensor | None = None, max_seqlen: int | None = None) -> Tensor:
         """(B, S, D) to (B, S, D); or (T, D) of packed sequences, which end at `cu_seqlens`, to (T, D).
 
-        Raises: ValueError: if a sequence is longer than `max_positions`, where the host knows.
+        Raises: ValueError, TypeError: on another shape; where the host knows, if a sequence is longer than
+        `max_positions` or the ends do not rise to the tokens.
         """
+        check_tensor("x", x)
+        if x.ndim != (3 if cu_seqlens is None else 2):
+            layout = "(batch, tokens, width)" if cu_seqlens is None else "(tokens, width) with cu_seqlens"
+            raise ValueError(f"x must be {layout}; got {tuple(x.shape)}. Pass cu_seqlens for packed sequences.")
         num_tokens = x.shape[-2]
         if self.table_bits.device != x.device:  # made on "meta", and given parameters by assignment
             self.table_bits = self._table_bits().to(x.device)
         table = self.table_bits.view(torch.float32)
-        if cu_seqlens is not None:
-            table = table.index_select(1, positions_of(num_tokens, cu_seqlens.to(x.device)))
-        elif num_tokens > self.max_positions:
-            raise ValueError(
-                f"this attention has rotary positions for {self.max_positions} tokens; got {num_tokens}. Make it with "
-                f"max_positions={num_tokens}."
-            )
-        else:
+        if cu_seqlens is None:
+            self._check_longest(num_tokens)
             table = table[:, :num_tokens]
+        else:
+            check_ends("cu_seqlens", cu_seqlens)
+            if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+                bounds = checked_bounds(cu_seqlens, "x", num_tokens)
+                self._check_longest(max(end - start for start, end in pairwise(bounds)))
+            ends = cu_seqlens.to(device=x.device, dtype=torch.int64)
+            table = table.index_select(1, positions_of(num_tokens, ends))
         heads = self.qkv(x).unflatten(-1, (-1, self.head_width))
         heads = rotate_heads(heads, table, self.num_heads + self.num_kv_heads)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
         out: Tensor = self.out(self.core(q, k, v, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen))
         return out
+
+    def _check_longest(self, num_tokens: int) -> None:
+        if num_tokens > self.max_positions:
+            raise ValueError(
+                f"this attention has rotary positions for {self.max_positions} tokens; got {num_tokens}. Make it with "
+                f"max_positions={num_tokens}."
+            )
 
 
 def positions_of(num_tokens: int, cu_seqlens: Tensor) -> Tensor:

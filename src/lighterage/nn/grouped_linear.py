@@ -98,8 +98,11 @@ class GroupedLinear(nn.Module):
         return self._separate(name)
 
     def _separate(self, name: str) -> list[torch.Tensor]:
-        parameters = self._parameters
-        return [parameters[f"{name}{index}"] for index in range(self.num_gemms)]  # type: ignore[misc]
+        parameters, parts = self._parameters, []
+        for index in range(self.num_gemms):
+            part = parameters.get(f"{name}{index}")  # quicker than the attribute, which may be made of others
+            parts.append(getattr(self, f"{name}{index}") if part is None else part)
+        return parts
 
     def pack_parameters(self) -> Self:
         """Move separate parameters back into one storage, where they are not; they stay the same objects.
@@ -109,6 +112,8 @@ class GroupedLinear(nn.Module):
         """
         if not self.single_weight:
             for name in ("weight", "bias") if self.use_bias else ("weight",):
+                if any(f"{name}{index}" not in self._parameters for index in range(self.num_gemms)):
+                    continue  # pruned or parametrized: made anew in each forward
                 parts = self._separate(name)
                 if not are_side_by_side(parts) and all(type(part.data) is torch.Tensor for part in parts):
                     for part, packed in zip(parts, torch.stack([part.data for part in parts]), strict=True):

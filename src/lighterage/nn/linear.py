@@ -36,6 +36,7 @@ class Linear(nn.Module):
         check_count("in_features", in_features)
         check_count("out_features", out_features)
         check_flag("save_original_input", save_original_input)
+        check_flag("bias", bias)
         self.in_features, self.out_features = in_features, out_features
         self.recipe = check_recipe(recipe)
         check_features(self.recipe, in_features, out_features)

@@ -6,13 +6,14 @@ Shape suffixes: T tokens, k experts of each, E experts, C rows of capacity, H hi
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from lighterage.formats.arguments import check_count, check_flag
+from lighterage.formats.arguments import check_count, check_flag, check_number, is_one_of
 from lighterage.formats.tensor_arguments import check_tensor
+from lighterage.ops.checks import check_features
 from lighterage.ops.gemm_backends import BackendName
 from lighterage.ops.grouped_mlp import SaveActivation, grouped_mlp
 from lighterage.ops.permute import pad_rows, permute, plan_permutation, unpad_rows, unpermute, weights_of_rows
@@ -39,8 +40,8 @@ class GatedMLP(nn.Module):
         `w1` is (2 * ffn_size, hidden_size), the gate's rows first; `w2` is (hidden_size, ffn_size).
         """
         super().__init__()
-        _check_sizes(hidden_size, ffn_size)
         self.recipe = check_recipe(recipe)
+        _check_network(hidden_size, ffn_size, self.recipe, save_activation, backend)
         self.save_activation: SaveActivation = save_activation
         self.backend: BackendName = backend
         self.w1 = nn.Parameter(torch.empty(2 * ffn_size, hidden_size, device=device, dtype=dtype))
@@ -118,16 +119,21 @@ class MoE(nn.Module):
         balance_weight, z_weight: of the two terms of `aux_loss`; see `lighterage.ops.load_balancing_loss` and
             `router_z_loss`.
         shared_ffn_size: features of a network that every token goes to as well; 0 for none.
-        Raises: ValueError: if `top_k` is not from 1 to `num_experts`.
+        Raises: ValueError, TypeError: if `top_k` is not from 1 to `num_experts`, or an argument is of the wrong kind.
         """
         super().__init__()
-        _check_sizes(hidden_size, ffn_size)
+        self.recipe = check_recipe(recipe)
+        _check_network(hidden_size, ffn_size, self.recipe, save_activation, backend)
         check_count("num_experts", num_experts, least=1)
+        check_count("shared_ffn_size", shared_ffn_size)
         check_flag("normalize", normalize)
+        check_number("balance_weight", balance_weight)
+        check_number("z_weight", z_weight)
+        if not is_one_of(score, get_args(Score)):
+            raise ValueError(f"score must be one of {list(get_args(Score))}; got {score!r}.")
         if not 1 <= check_count("top_k", top_k) <= num_experts:
             raise ValueError(f"top_k must be from 1 to the {num_experts} experts; got {top_k}.")
         self.num_experts, self.top_k = num_experts, top_k
-        self.recipe = check_recipe(recipe)
         self.score: Score = score
         self.normalize = normalize
         self.balance_weight, self.z_weight = balance_weight, z_weight
@@ -188,9 +194,16 @@ class MoE(nn.Module):
         return f"num_experts={self.num_experts}, top_k={self.top_k}, score={self.score!r}, recipe={self.recipe}"
 
 
-def _check_sizes(hidden_size: int, ffn_size: int) -> None:
-    check_count("hidden_size", hidden_size, least=1)
-    check_count("ffn_size", ffn_size, least=1)
+def _check_network(
+    hidden_size: int, ffn_size: int, recipe: Recipe | None, save_activation: object, backend: object
+) -> None:
+    check_features(recipe, check_count("hidden_size", hidden_size, least=1), check_count("ffn_size", ffn_size, least=1))
+    for name, value, choices in (
+        ("save_activation", save_activation, get_args(SaveActivation)),
+        ("backend", backend, get_args(BackendName)),
+    ):
+        if not is_one_of(value, choices):
+            raise ValueError(f"{name} must be one of {list(choices)}; got {value!r}.")
 
 
 def _check_input(x: Tensor, hidden_size: int) -> None:

@@ -151,7 +151,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None, e
             f"attention needs keys and values of the same tokens and heads, and q and k of one batch and width; got "
             f"{shapes}."
         )
-    if q.shape[-2] % max(1, k.shape[-2]):
+    if q.shape[-2] and (not k.shape[-2] or q.shape[-2] % k.shape[-2]):
         raise ValueError(
             f"attention needs the number of key heads to divide the number of query heads; got {k.shape[-2]} and "
             f"{q.shape[-2]}."
@@ -167,17 +167,25 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, ends: Tensor | None, e
         raise ValueError("cu_seqlens_kv belongs to packed sequences: pass cu_seqlens too.")
     for name, bound in (("cu_seqlens", ends), ("cu_seqlens_kv", ends_kv)):
         if bound is not None:
-            check_tensor(name, bound, dtypes=None)
-        if bound is not None and (bound.ndim != 1 or bound.numel() < 2 or bound.dtype not in _WHOLE):
-            raise ValueError(
-                f"{name} must be whole numbers of shape (sequences + 1,); got {bound.dtype} {tuple(bound.shape)}."
-            )
+            check_ends(name, bound)
     if ends is not None and v.shape[-1] != q.shape[-1]:
         raise ValueError(f"packed attention needs values as wide as queries; got {shapes}. Pad v, and cut the output.")
     if ends is not None and ends_kv is not None and ends.numel() != ends_kv.numel():
         raise ValueError(
             f"cu_seqlens and cu_seqlens_kv must be of the same number of sequences; got {ends.numel() - 1} and "
             f"{ends_kv.numel() - 1}."
+        )
+
+
+def check_ends(name: str, ends: object) -> None:
+    """Check that the ends of sequences are a tensor of them.
+
+    Raises: ValueError, TypeError.
+    """
+    check_tensor(name, ends, dtypes=None)
+    if isinstance(ends, Tensor) and (ends.ndim != 1 or ends.numel() < 2 or ends.dtype not in _WHOLE):
+        raise ValueError(
+            f"{name} must be whole numbers of shape (sequences + 1,); got {ends.dtype} {tuple(ends.shape)}."
         )
 
 

@@ -9,7 +9,12 @@ import torch
 
 from lighterage.formats.quantized_tensor import is_quantized
 from lighterage.formats.splits import Splits
-from lighterage.formats.tensor_arguments import check_has_values, check_no_transform, check_tensor
+from lighterage.formats.tensor_arguments import (
+    check_has_values,
+    check_no_transform,
+    check_not_distributed,
+    check_tensor,
+)
 from lighterage.recipes import Recipe
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -24,10 +29,12 @@ def check_operands(x: object, **parameters: object) -> None:
     """
     check_no_transform("quantized and grouped layers")
     check_tensor("x", x, dtypes=None)
+    check_not_distributed("x", x)
     check_has_values("x", x)
     for name, parameter in parameters.items():
         if parameter is not None or name not in _OPTIONAL:
             check_tensor(name, parameter, dtypes=None)
+            check_not_distributed(name, parameter)
             if is_quantized(parameter):
                 raise TypeError(
                     f"{name} must be in high precision, and is quantized by the recipe; got {parameter!r}. Pass what "

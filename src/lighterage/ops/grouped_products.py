@@ -29,6 +29,7 @@ from lighterage.ops.per_tensor import (
     per_tensor_wgrad,
     quantize_rows,
     quantize_weight,
+    without_nobodys_rows,
 )
 from lighterage.ops.quantized_rows import quantized_rows
 from lighterage.ops.swiglu import swiglu_activation
@@ -58,6 +59,7 @@ class GroupedProducts:
         if is_quantized(x_MK):
             return quantized_rows(x_MK, self.splits, self.recipe, rowwise=rowwise, columnwise=columnwise)
         if isinstance(self.recipe, Float8CurrentScaling):
+            x_MK = without_nobodys_rows(x_MK, self.splits)
             return quantize_rows(x_MK, self.recipe, role, rowwise=rowwise, columnwise=columnwise)
         quantizer = self.recipe.quantizer(role, rowwise=rowwise, columnwise=columnwise, seed=self.seed)
         tensors, _ = split_quantize(x_MK, self.splits, [quantizer] * self.splits.num_splits)

@@ -49,13 +49,7 @@ def packed_attention(
             f"attention with cu_seqlens in {q_TNH.dtype} and dropout {dropout} has a kernel for each sequence, so "
             "cu_seqlens must be on the host; got it on the GPU. Pass cu_seqlens.cpu(), or use bf16 without dropout."
         )
-    bounds, bounds_kv = (tuple(x.tolist()) for x in (ends, ends_kv))
-    for name, bound, num_tokens in (("q", bounds, q_TNH.shape[0]), ("k", bounds_kv, k_TGH.shape[0])):
-        if bound[0] != 0 or bound[-1] != num_tokens or any(a > b for a, b in pairwise(bound)):
-            raise ValueError(
-                f"cu_seqlens must rise from 0 to the {num_tokens} tokens of {name}; got {list(bound)}. "
-                "They are the ends of the sequences, not their lengths."
-            )
+    bounds, bounds_kv = checked_bounds(ends, "q", q_TNH.shape[0]), checked_bounds(ends_kv, "k", k_TGH.shape[0])
     for name, bound, most in (("max_seqlen", bounds, longest), ("max_seqlen_kv", bounds_kv, longest_kv)):
         found = max(b - a for a, b in pairwise(bound))
         if found > most:
@@ -80,6 +74,20 @@ def packed_attention(
         for (a, b), (c, d) in _sequences(bounds, bounds_kv)
     ]
     return torch.cat(pieces) if pieces else torch.zeros_like(q_TNH)
+
+
+def checked_bounds(ends: Tensor, name: str, num_tokens: int) -> tuple[int, ...]:
+    """The ends of sequences, which the host has, as numbers: from 0 to the `num_tokens` tokens of what `name` says.
+
+    Raises: ValueError: if they are others.
+    """
+    bounds = tuple(ends.tolist())
+    if bounds[0] != 0 or bounds[-1] != num_tokens or any(a > b for a, b in pairwise(bounds)):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {num_tokens} tokens of {name}; got {list(bounds)}. "
+            "They are the ends of the sequences, not their lengths."
+        )
+    return bounds
 
 
 def _sequences(
@@ -127,7 +135,8 @@ class _EachSequence(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         out_TNH = torch.zeros(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device)
-        lse_TN = torch.zeros(q_TNH.shape[:2], dtype=torch.float32, device=q_TNH.device)
+        lse_dtype = torch.promote_types(q_TNH.dtype, torch.float32)  # what the kernel accumulates in
+        lse_TN = torch.zeros(q_TNH.shape[:2], dtype=lse_dtype, device=q_TNH.device)
         groups = q_TNH.shape[1] // k_TGH.shape[1]
         for (a, b), (c, d) in _sequences(bounds, bounds_kv):
             if c == d:

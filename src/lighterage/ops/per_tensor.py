@@ -56,6 +56,17 @@ def quantize_rows(
     return ScaledCodes(rowwise=codes[0], columnwise=codes[1], scale_inv=codes[2])
 
 
+def without_nobodys_rows(x_MK: torch.Tensor, splits: Splits) -> torch.Tensor:
+    """`x_MK` with zeros past the last expert's rows: whatever lies there would take part in the scale of all others.
+
+    The same tensor where the host knows that there are no such rows; it never waits.
+    """
+    if splits.cover_all_rows:
+        return x_MK
+    rows = torch.arange(len(x_MK), device=x_MK.device)
+    return x_MK.masked_fill((rows >= splits.ends[-1])[:, None], 0)
+
+
 def quantize_weight(w_ENK: torch.Tensor, recipe: Float8CurrentScaling, *, columnwise: bool) -> ScaledCodes:
     """The codes of stacked weights: rowwise, and transposed by expert if `columnwise`."""
     rows, _, scale_inv = _quantize(w_ENK.flatten(0, 1), recipe, "weight", True, False)

@@ -104,7 +104,7 @@ def permute(x: Tensor, plan: Permutation) -> Tensor:
 
 @unseen
 def unpermute(x: Tensor, plan: Permutation, weights: Tensor | None = None) -> Tensor:
-    """The sum of the copies of each token, added in float32, rounded once.
+    """The sum of the copies of each token, added in float32 (float64 of float64), rounded once.
 
     x: (C, H). weights: (T, k) to multiply the copies by, or None for 1. Returns (T, H) of x's dtype.
     Backward needs indices; and x, if the gradient of `weights` is wanted. A layer that weights its rows before its last
@@ -177,9 +177,10 @@ class _WeightedUnpermute(torch.autograd.Function):
     def forward(ctx: Any, x_CH: Tensor, weights_Tk: Tensor, rows_Tk: Tensor, tokens_C: Tensor) -> Tensor:
         kept = x_CH if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept, weights_Tk, rows_Tk, tokens_C)
-        sum_TH = torch.zeros(rows_Tk.shape[0], x_CH.shape[1], dtype=torch.float32, device=x_CH.device)
+        wide = torch.promote_types(x_CH.dtype, torch.float32)
+        sum_TH = torch.zeros(rows_Tk.shape[0], x_CH.shape[1], dtype=wide, device=x_CH.device)
         for rows_T, weights_T in zip(rows_Tk.unbind(1), weights_Tk.unbind(1), strict=True):
-            sum_TH.addcmul_(x_CH.index_select(0, rows_T), weights_T.float()[:, None])
+            sum_TH.addcmul_(x_CH.index_select(0, rows_T), weights_T.to(wide)[:, None])
         return sum_TH.to(x_CH.dtype)
 
     @staticmethod
@@ -190,8 +191,9 @@ class _WeightedUnpermute(torch.autograd.Function):
             weights_C = _weights_out(weights_Tk, rows_Tk, tokens_C.shape[0])
             dx_CH = _gathered(grad_TH, tokens_C).mul_(weights_C[:, None])
         if x_CH is not None:
+            wide = torch.promote_types(x_CH.dtype, torch.float32)
             products = [
-                torch.linalg.vecdot(x_CH.index_select(0, rows_T).float(), grad_TH.float())
+                torch.linalg.vecdot(x_CH.index_select(0, rows_T).to(wide), grad_TH.to(wide))
                 for rows_T in rows_Tk.unbind(1)
             ]
             dweights_Tk = torch.stack(products, dim=1).to(weights_Tk.dtype)
