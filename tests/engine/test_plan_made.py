@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighterage
 from lighterage import Offloader, Policy
-from lighterage.engine.planning import autoplan, checks
+from lighterage.engine.planning import autoplan, checks, own_saves, recompute
 from lighterage.engine.stores import Stores
 from lighterage.errors import BudgetError
 from lighterage.planner.plan import Move, Plan, SectionPlan
@@ -279,6 +279,51 @@ def test_a_section_is_computed_again_with_the_same_dropout(link: list[Link], mod
         assert len(calls) == 2 * 5 * 3, "each section ran twice in each step"
         assert offloader.stats().bytes_out > 0
         assert offloader.sections == []
+
+
+class Own(torch.autograd.Function):
+    """Saves an empty tensor, as PyTorch's checkpoint did up to 2.12 before what it was given."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        raise AssertionError("nothing is made of it")
+
+
+def test_the_inputs_of_what_is_computed_again_move_whatever_checkpoint_saves_of_its_own(
+    link: list[Link], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, alive = recompute.checkpoint, []
+
+    def of_old(*args: Any, **options: Any) -> Any:
+        alive.append(Own.apply(torch.empty(0, requires_grad=True)))
+        return usual(*args, **options)
+
+    own_saves.saves_before_inputs.cache_clear()
+    before = own_saves.saves_before_inputs()
+    monkeypatch.setattr(recompute, "checkpoint", of_old)
+    monkeypatch.setattr(own_saves, "checkpoint", of_old)
+    own_saves.saves_before_inputs.cache_clear()
+    try:
+        assert own_saves.saves_before_inputs() == before + 1
+        plain, model = pair()
+        expected = train(plain, rows(), 1)
+        with offload(model, recompute="auto") as offloader:
+            for _ in range(STEPS_TO_PLAN):
+                train(model, rows(), 1)
+                alive.clear()
+            assert offloader.timeline is not None
+            offloader.use_plan(everything(offloader, "recompute"), offloader.timeline)
+            for wanted in expected[:1] * 3:
+                assert_equal([wanted], train(model, rows(), 1))
+                alive.clear()
+            assert offloader.stats().copies_out == 4, "each input but the first, which the caller holds"
+    finally:
+        own_saves.saves_before_inputs.cache_clear()
 
 
 class Normed(Layer):

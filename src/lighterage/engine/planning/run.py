@@ -10,6 +10,7 @@ from ..allocation import Allocation
 from ..orders import Orders
 from ..sections import Section
 from .course import Course
+from .own_saves import saves_before_inputs
 from .timelines import Recipe
 
 # A save that is larger than in the step that was measured by more than this part is not the one that was planned for.
@@ -21,6 +22,7 @@ class PlannedOrders(Orders):
 
     __slots__ = (
         "_moves",
+        "_num_before",
         "_run",
         "_section",
         "_sizes",
@@ -44,6 +46,8 @@ class PlannedOrders(Orders):
         self.index = index
         self.mode = course.plan.sections[index].mode
         self.recipe = course.recipes.get(index, Recipe())
+        # Saves of the checkpoint's own come before the inputs.
+        self._num_before = 0 if self.mode == "save" else saves_before_inputs()
         self.read_twice: Callable[[], None] | None = None
         """To be told if backward reads a saved tensor twice, where it is not known whether it does."""
         self.watch: Callable[[], None] | None = None
@@ -52,11 +56,7 @@ class PlannedOrders(Orders):
         """Where the section is computed again: the save of the plan that what comes next stands for, 0 for none."""
 
     def why_kept(self, save: int, nbytes: int) -> str | None:
-        if self.called is not None:
-            save = self.called
-        elif self.mode != "save":
-            inputs = self.recipe.inputs
-            save = (inputs[save - 1] if save <= len(inputs) else None) or 0
+        save = self._planned(save)
         if save not in self._moves:
             return self._reason
         expected = self._sizes.get(save, nbytes)
@@ -64,12 +64,17 @@ class PlannedOrders(Orders):
             self._run.resized += 1
         return None
 
-    def took(self, save: int, allocation: Allocation) -> None:
+    def _planned(self, save: int) -> int:
+        """The save of the plan that save number `save` of this run stands for; 0 for none."""
         if self.called is not None:
-            save = self.called
-        elif self.mode != "save":
-            inputs = self.recipe.inputs
-            save = (inputs[save - 1] if save <= len(inputs) else None) or 0
+            return self.called
+        if self.mode == "save":
+            return save
+        given, inputs = save - 1 - self._num_before, self.recipe.inputs
+        return (inputs[given] if 0 <= given < len(inputs) else None) or 0
+
+    def took(self, save: int, allocation: Allocation) -> None:
+        save = self._planned(save)
         self._taken.setdefault(save, []).append(weakref.ref(allocation))
 
     def allocations(self, save: int) -> list[Allocation]:
