@@ -417,13 +417,11 @@ def test_who_can_do_without_is_not_made_to_wait_for_memory_that_is_not_ready(mon
     assert frontier.committed_or_under_way <= 8 * MIB, "nothing is committed beside a step that can do without"
     assert not arena.settle(), "what was declined will be needed"
     assert 68 * MIB <= frontier.committed_or_under_way <= 80 * MIB, "just that is made ready then"
-    assert arena.acquire(64 * MIB, lambda: True) is None, "not yet"
-    go_on.set()
-    block = must(arena.acquire(64 * MIB, lambda: False))
-    assert block.nbytes == 64 * MIB
-    assert not arena.settle()
-    frontier.reach(136 * MIB)
-    assert must(arena.acquire(64 * MIB, lambda: True)).nbytes == 64 * MIB, "ready by now"
+    assert arena.acquire(128 * MIB, lambda: True) is None, "that much is not even under way"
+    threading.Timer(0.1, go_on.set).start()
+    assert must(arena.acquire(64 * MIB, lambda: True)).nbytes == 64 * MIB, "it has waited for that"
+    assert go_on.is_set() and not arena.settle()
+    assert must(arena.acquire(128 * MIB, lambda: True)).nbytes == 128 * MIB
     assert arena.settle()
 
 

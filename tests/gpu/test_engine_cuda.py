@@ -370,7 +370,7 @@ def test_a_decoder_has_the_same_bits(tier: str, release_after: int, prefetch_ahe
         assert stats.bytes_out > 0 and moved_back and stats.still_alive_bytes == 0
 
 
-def test_the_second_identical_step_pins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_pinned_after_the_second_identical_step(monkeypatch: pytest.MonkeyPatch) -> None:
     pins: list[int] = []
     pin = CudaPinner.pin
 
@@ -381,13 +381,14 @@ def test_the_second_identical_step_pins_nothing(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(CudaPinner, "pin", counted)
     model = decoder()
     with lighterage.offload(model, keep_last=1) as offloader:
-        grads_of(model, tokens(1024))
+        for _ in range(2):  # the first can do without some: see Note [The first step]
+            grads_of(model, tokens(1024))
         torch.cuda.synchronize()
-        first = len(pins)
-        assert first > 0 and sum(pins) == offloader.stats().host_bytes_reserved
+        before = len(pins)
+        assert before > 0 and sum(pins) == offloader.stats().host_bytes_reserved
         for _ in range(5):
             grads_of(model, tokens(1024))
-        assert len(pins) == first
+        assert len(pins) == before
         stats = offloader.stats()
         assert stats.host_bytes_reserved <= 1.05 * stats.host_bytes_peak + 4 * MIB
 

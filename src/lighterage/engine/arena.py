@@ -27,8 +27,11 @@ _SMALL_NEED = MIB
 _SMALL_ARENA = 32 * MIB
 _AHEAD = 512 * MIB
 """At least so much is committed ahead of what is pinned, while an arena grows for callers that have to wait."""
-_AT_FIRST = 4096 * MIB
-"""Of what a step did without, at most so much is made ready beside the next, or as much again as there is."""
+_AT_FIRST = 16384 * MIB
+"""Of what a step did without, at most so much is made ready for the next, or as much again as there is.
+
+A step of many microbatches does without the same bytes many times over, and other processes may want memory too.
+"""
 _PIN_RETRY_S = 5.0
 """For so long a growth as large as one that could not be pinned is refused untried: trying costs 0.7 s a GiB."""
 _LOOK_AGAIN_S = 0.1
@@ -42,7 +45,8 @@ _AT_ONCE = 128 * MIB
 # the device's code is loaded and the device's memory taken. Measured on a decoder of 8 layers (H100, 2.6 GiB to move):
 # 0.40 s without offload, 0.67 s with memory committed beside the first step on four threads, 0.42 s with nothing
 # committed in it. So what a caller can do without is not even begun in the first step. When it ends it is known what
-# was missing, and that is committed in the background, beside steps that map nothing.
+# was missing, and that is committed in the background, while the second step begins, which waits for what it is ahead
+# of: after two steps an arena has what it needs.
 
 _CLOSED = "the arena is closed"
 _NOT_READY = "host memory was still being made ready, and the device had room"
@@ -261,7 +265,7 @@ class Arena:
             if can_do_without is None or not can_do_without():
                 # The caller waits for these, and will for the next.
                 self._look_ahead(size + generous + max(_AHEAD, size // 2))
-            elif not self._frontier.has_reached(size + needed):
+            elif self._frontier.committed_or_under_way < size + needed:
                 self._declined_bytes += needed
                 return self._refuse(_NOT_READY)
         reason = None

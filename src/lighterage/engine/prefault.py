@@ -59,7 +59,6 @@ class Frontier:
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._chunks: list[Future[object]] = []
-        self._num_done = 0  # chunks from the start on that are known to be committed
         self._pool: ThreadPoolExecutor | None = None
 
     @property
@@ -83,13 +82,6 @@ class Frontier:
         madvise = _madvise()
         if madvise is not None:
             madvise(self._memory.data_ptr() + begin, size, MADV_POPULATE_WRITE)
-
-    def has_reached(self, end: int) -> bool:
-        """Whether the first `end` bytes are committed, or the kernel has declined."""
-        count = -(-min(end, self._nbytes) // _AHEAD_CHUNK)
-        while self._num_done < min(count, len(self._chunks)) and self._chunks[self._num_done].done():
-            self._num_done += 1
-        return self._num_done >= count
 
     def reach(self, end: int) -> None:
         """Return when the first `end` bytes are committed, or the kernel has declined."""
