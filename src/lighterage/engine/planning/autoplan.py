@@ -20,7 +20,7 @@ from .budget import Budget
 from .checks import Checks
 from .clock import Gauge, clock_of
 from .course import Course
-from .events import Events, capturing
+from .events import Events
 from .making import Planning
 from .measurements import Measurements
 from .room import Room
@@ -144,7 +144,7 @@ class Autoplan:
         self.events.step_begins()  # whatever comes of it below, what is left of another step is none of this one's
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
-        if capturing(self._device):
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return  # what is captured does not run, so that it takes no time: it is none of the steps
         self._look()
         self._reserved_before = self._reserved_bytes()

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
+import math
 
-from ...planner.plan import Plan
+from ...planner.plan import Fetch, Mode, Plan
 from ...planner.timeline import Timeline
 from .timelines import Recipe
 
 PLAN_KEEPS = "plan: it stays"
 """The reason for which an allocation stays that a plan does not move."""
+
+# A save that is larger than in the step that was measured by more than this part is not the one that was planned for.
+TOLERANCE = 0.25
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class SectionCourse:
+    """What the plan says of one section, the same in every step."""
+
+    index: int
+    mode: Mode
+    recipe: Recipe
+    moved: dict[int, float]
+    """The saves whose allocations leave, and the most bytes that each has where it is the one that was planned for."""
 
 
 class Course:
@@ -19,31 +35,36 @@ class Course:
         self.reason = reason
         """Why what it does not move stays."""
         self.plan = plan
-        self.timeline = timeline
-        self.recipes = recipes
         self.phase_of: dict[tuple[str, int], int] = {}
         for number, phase in enumerate(timeline.phases):
             if phase.section is not None:
                 self.phase_of.setdefault((phase.direction, phase.section), number)
+        self.others = frozenset(number for number, phase in enumerate(timeline.phases) if phase.section is None)
+        """The phases that belong to no section, so that nothing tells when they begin."""
         # Sections are known by their name and by how many of that name came before.
-        self.numbered: dict[tuple[str, int], int] = {}
+        self.numbered: dict[tuple[str, int], SectionCourse] = {}
+        self.due: dict[int, list[tuple[int, list[int]]]] = {}
+        """By phase: of which sections which saves' device memory is let go of at its end."""
         seen: collections.Counter[str] = collections.Counter()
         for index, section in enumerate(plan.sections):
-            self.numbered[(section.name, seen[section.name])] = index
-            seen[section.name] += 1
-        self.moves: list[dict[int, int]] = []
-        """For each section: by save, the phase at whose end its device memory is let go of."""
-        self.sizes: list[dict[int, int]] = []
-        for index, section in enumerate(plan.sections):
-            here = self.phase_of.get(("forward", index), 0)
-            self.moves.append({move.save: here + max(0, move.release_after) for move in section.moves})
             record = timeline.sections[index] if index < len(timeline.sections) else None
-            self.sizes.append({a.save: a.nbytes for a in record.allocations} if record is not None else {})
-        self.due: dict[int, list[tuple[int, int]]] = {}
-        for index, moves in enumerate(self.moves):
-            for save, due in moves.items():
-                self.due.setdefault(due, []).append((index, save))
+            sizes = {} if record is None else {a.save: (1 + TOLERANCE) * a.nbytes for a in record.allocations}
+            self.numbered[(section.name, seen[section.name])] = SectionCourse(
+                index=index,
+                mode=section.mode,
+                recipe=recipes.get(index, Recipe()),
+                moved={move.save: sizes.get(move.save, math.inf) for move in section.moves},
+            )
+            seen[section.name] += 1
+            here = self.phase_of.get(("forward", index), 0)
+            for due, saves in _by_phase({move.save: here + max(0, move.release_after) for move in section.moves}):
+                self.due.setdefault(due, []).append((index, saves))
+        self.fetches: dict[int, tuple[Fetch, ...]] = {number: row for number, row in enumerate(plan.fetches) if row}
+        """By phase: the reloads that start as it begins, the most urgent first."""
 
-    def is_other(self, phase: int) -> bool:
-        """Whether a phase belongs to no section, so that nothing tells when it begins."""
-        return phase < len(self.timeline.phases) and self.timeline.phases[phase].section is None
+
+def _by_phase(due: dict[int, int]) -> list[tuple[int, list[int]]]:
+    found: dict[int, list[int]] = {}
+    for save, phase in due.items():
+        found.setdefault(phase, []).append(save)
+    return list(found.items())

@@ -25,6 +25,9 @@ from .run import PlannedOrders, Run
 from .section_log import MEASURED, SectionLog
 from .step_log import StepLog
 
+NOTHING = contextlib.nullcontext()
+"""What a forward runs in of which nothing is to be told. One serves all: it has no state."""
+
 
 class Events:
     """The step under way. All methods are called with the offloader's lock held, but for the contexts they give."""
@@ -40,7 +43,7 @@ class Events:
         self._policy = policy
         self._traffic = traffic
         self._module_of = module_of
-        self._device = device
+        self._is_cuda = device.type == "cuda"
         self._room = room
         self._repeatable = Repeatable()
         self._log: StepLog | None = None
@@ -72,23 +75,23 @@ class Events:
 
     def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
         """A section begins: gives it its orders. The context is for its forward."""
-        if capturing(self._device):
+        if self._is_cuda and torch.cuda.is_current_stream_capturing():
             self.abandoned()
             self._run = None
-            return contextlib.nullcontext()
+            return NOTHING
         log = self._log
-        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        around: contextlib.AbstractContextManager[object] = NOTHING
         if not section.by_hand and section.keep_reason is None:
-            section.orders = self._orders(section)
-        module = self._module_of(section.name)
-        if isinstance(section.orders, PlannedOrders) and section.orders.mode != "save":
-            around = self._repeatable.check(section.orders, section.name, module, call)
+            orders = section.orders = self._orders(section)
+            if isinstance(orders, PlannedOrders) and orders.mode != "save":
+                around = self._repeatable.check(orders, section.name, self._module_of(section.name), call)
         if log is None:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
         if not self._first or section.gap:
             return around
+        module = self._module_of(section.name)
         one.kind = class_of(module)
         one.not_recomputed = why_never(module, call) if self._policy.may_recompute else 'recompute="never"'
         if module is None or call is None:
@@ -142,7 +145,7 @@ class Events:
             section.log.index = section.index
             self._log.sections.append(section.log)
         if isinstance(section.orders, PlannedOrders) and self._run is not None:
-            self._carry_out(*self._run.begins("forward", section.orders.index))
+            self._carry_out(*self._run.begins("forward", section.orders.course.index))
 
     def left(self, section: Section) -> None:
         """A section's forward has ended."""
@@ -156,7 +159,7 @@ class Events:
             if section.index is None:
                 run.taken_back(section)
             else:
-                self._carry_out(*run.forward_ended(orders.index))
+                self._carry_out(*run.forward_ended(orders.course.index))
 
     def visited(self, section: Section) -> None:
         """Backward has come to a section."""
@@ -165,15 +168,20 @@ class Events:
         if log is not None and self._log is not None:
             self._log.visited(log)
         if isinstance(section.orders, PlannedOrders) and self._run is not None:
-            self._carry_out(*self._run.begins("backward", section.orders.index))
+            self._carry_out(*self._run.begins("backward", section.orders.course.index))
 
-    def _carry_out(self, release: list[tuple[PlannedOrders, int]], back: list[Allocation]) -> None:
-        try:
-            for orders, save in release:
-                section = orders.section
-                if section is not None:
-                    self._traffic.release_some(section, orders.allocations(save))
-        finally:
+    def _carry_out(self, release: list[tuple[PlannedOrders, list[int]]], back: list[Allocation]) -> None:
+        if release:
+            try:
+                for orders, saves in release:
+                    section = orders.section
+                    if section is not None:
+                        leaving = [allocation for save in saves for allocation in orders.allocations(save)]
+                        self._traffic.release_some(section, leaving)
+            finally:
+                if back:
+                    self._traffic.fetch(back)
+        elif back:
             self._traffic.fetch(back)
 
     def waited(self, wait: Wait) -> None:
@@ -190,8 +198,3 @@ class Events:
         """What a section saved, and was away, is on its way back as its backward begins."""
         if self._log is not None:
             self._log.settle_live()
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what the calling thread issues on `device` now is captured into a graph, and does not run."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

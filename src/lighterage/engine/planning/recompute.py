@@ -71,7 +71,7 @@ class _Products:
     def __call__(self, op: Any, number: int, args: Any, kwargs: Any, out: Any) -> Hold | None:
         if op not in PRODUCT_OPS:
             return None
-        products = self._orders.recipe.products
+        products = self._orders.course.recipe.products
         save = products[self._num] if self._num < len(products) else 0
         self._num += 1
         if save is None:

@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-import collections
 import weakref
 from collections.abc import Callable
 
 from ..allocation import Allocation
 from ..orders import Orders
 from ..sections import Section
-from .course import Course
+from .course import Course, SectionCourse
 from .own_saves import saves_before_inputs
-from .timelines import Recipe
-
-# A save that is larger than in the step that was measured by more than this part is not the one that was planned for.
-TOLERANCE = 0.25
 
 
 class PlannedOrders(Orders):
     """What the plan says of a section."""
 
-    __slots__ = (
-        "_moves",
-        "_num_before",
-        "_run",
-        "_section",
-        "_sizes",
-        "_taken",
-        "called",
-        "index",
-        "mode",
-        "read_twice",
-        "recipe",
-        "watch",
-    )
+    __slots__ = ("_moved", "_run", "_section", "_taken", "called", "course", "mode", "read_twice", "watch")
 
-    def __init__(self, run: Run, index: int, section: Section) -> None:
-        course = run.course
-        super().__init__(course.reason)
+    def __init__(self, run: Run, course: SectionCourse, section: Section) -> None:
+        self._reason = run.course.reason
         self._run = run
         self._section = weakref.ref(section)
-        self._moves = course.moves[index]
-        self._sizes = course.sizes[index]
+        self._moved = course.moved
         self._taken: dict[int, list[weakref.ref[Allocation]]] = {}
-        self.index = index
-        self.mode = course.plan.sections[index].mode
-        self.recipe = course.recipes.get(index, Recipe())
-        # Saves of the checkpoint's own come before the inputs.
-        self._num_before = 0 if self.mode == "save" else saves_before_inputs()
+        self.course = course
+        self.mode = course.mode
         self.read_twice: Callable[[], None] | None = None
         """To be told if backward reads a saved tensor twice, where it is not known whether it does."""
         self.watch: Callable[[], None] | None = None
@@ -56,26 +33,27 @@ class PlannedOrders(Orders):
         """Where the section is computed again: the save of the plan that what comes next stands for, 0 for none."""
 
     def why_kept(self, save: int, nbytes: int) -> str | None:
-        save = self._planned(save)
-        if save not in self._moves:
+        if self.mode != "save":
+            save = self._planned(save)
+        most_bytes = self._moved.get(save)
+        if most_bytes is None:
             return self._reason
-        expected = self._sizes.get(save, nbytes)
-        if nbytes > expected * (1 + TOLERANCE):
+        if nbytes > most_bytes:
             self._run.resized += 1
         return None
 
+    def took(self, save: int, allocation: Allocation) -> None:
+        if self.mode != "save":
+            save = self._planned(save)
+        self._taken.setdefault(save, []).append(weakref.ref(allocation))
+
     def _planned(self, save: int) -> int:
-        """The save of the plan that save number `save` of this run stands for; 0 for none."""
+        """The save of the plan that number `save` stands for where the section is computed again, 0 for none."""
         if self.called is not None:
             return self.called
-        if self.mode == "save":
-            return save
-        given, inputs = save - 1 - self._num_before, self.recipe.inputs
+        # Saves of the checkpoint's own come before the inputs.
+        given, inputs = save - 1 - saves_before_inputs(), self.course.recipe.inputs
         return (inputs[given] if 0 <= given < len(inputs) else None) or 0
-
-    def took(self, save: int, allocation: Allocation) -> None:
-        save = self._planned(save)
-        self._taken.setdefault(save, []).append(weakref.ref(allocation))
 
     def allocations(self, save: int) -> list[Allocation]:
         """What save number `save` of the plan has brought and is alive."""
@@ -84,6 +62,10 @@ class PlannedOrders(Orders):
     @property
     def section(self) -> Section | None:
         return self._section()
+
+
+Due = tuple[list[tuple[PlannedOrders, list[int]]], list[Allocation]]
+"""What to let go of, as orders and their saves, and what to bring back, the most urgent first."""
 
 
 class Run:
@@ -97,7 +79,7 @@ class Run:
         """Sections that the plan does not know."""
         self.strayed = 0
         """Visits of backward that came out of turn."""
-        self._seen: collections.Counter[str] = collections.Counter()
+        self._seen: dict[str, int] = {}
         self._orders: dict[int, PlannedOrders] = {}
         self._phase = 0
         self._begun: set[int] = set()
@@ -105,13 +87,14 @@ class Run:
 
     def orders_for(self, section: Section) -> PlannedOrders | None:
         """What the plan says of a section that has just been opened; None where it knows none of that name."""
-        number = self._seen[section.name]
-        self._seen[section.name] += 1
-        index = self.course.numbered.get((section.name, number))
-        if index is None:
+        name = section.name
+        number = self._seen.get(name, 0)
+        self._seen[name] = number + 1
+        course = self.course.numbered.get((name, number))
+        if course is None:
             self.unplanned += 1
             return None
-        orders = self._orders[index] = PlannedOrders(self, index, section)
+        orders = self._orders[course.index] = PlannedOrders(self, course, section)
         return orders
 
     def taken_back(self, section: Section) -> None:
@@ -132,45 +115,54 @@ class Run:
         """Whether the step was not the one that was planned for."""
         return bool(self.unplanned or self.missing or self.resized or self.strayed)
 
-    def begins(self, direction: str, index: int) -> tuple[list[tuple[PlannedOrders, int]], list[Allocation]]:
-        """A phase begins: what to let go of, as orders and save, and what to bring back, the most urgent first."""
+    def begins(self, direction: str, index: int) -> Due:
+        """A phase begins."""
         phase = self.course.phase_of.get((direction, index))
         if phase is None:
             self.strayed += 1
             return [], []
-        skipped = [p for p in range(self._phase, phase) if p not in self._begun and not self.course.is_other(p)]
-        self.strayed += bool(skipped) or phase < self._phase
+        if phase != self._phase:  # most often it is its turn
+            others, begun = self.course.others, self._begun
+            skipped = any(p not in begun and p not in others for p in range(self._phase, phase))
+            self.strayed += skipped or phase < self._phase
         self._begun.add(phase)
-        return self._advance(phase, inclusive=False)
+        release, back = self._end(phase)
+        self._fetch(phase, back)
+        return release, back
 
-    def forward_ended(self, index: int) -> tuple[list[tuple[PlannedOrders, int]], list[Allocation]]:
-        """A section's forward has ended: the same as for `begins`."""
+    def forward_ended(self, index: int) -> Due:
+        """A section's forward has ended."""
         phase = self.course.phase_of.get(("forward", index))
         if phase is None:
             return [], []
-        return self._advance(phase, inclusive=True)
+        release, back = self._end(phase + 1)
+        # What belongs to no section has no hook of its own: it begins where the one before it ends.
+        if phase + 1 in self.course.others:
+            self._fetch(phase + 1, back)
+        return release, back
 
-    def _advance(self, phase: int, *, inclusive: bool) -> tuple[list[tuple[PlannedOrders, int]], list[Allocation]]:
-        """`phase` begins, or, with `inclusive`, has ended."""
-        ended = phase + 1 if inclusive else phase
-        release: list[tuple[PlannedOrders, int]] = []
-        for p in range(self._phase, ended):
-            for index, save in self.course.due.get(p, ()):
+    def _end(self, until: int) -> Due:
+        """All phases before `until` have ended."""
+        course = self.course
+        release: list[tuple[PlannedOrders, list[int]]] = []
+        back: list[Allocation] = []
+        for phase in range(self._phase, until):
+            for index, saves in course.due.get(phase, ()):
                 orders = self._orders.get(index)
                 if orders is not None:
-                    release.append((orders, save))
-        begun = [] if inclusive else [phase]
-        # What belongs to no section has no hook of its own: it begins where the one before it ends.
-        begun += [phase + 1] if inclusive and self.course.is_other(phase + 1) else []
-        begun += [p for p in range(self._phase, ended) if self.course.is_other(p)]
-        self._phase = max(self._phase, ended)
-        back: list[Allocation] = []
-        for p in sorted(begun):
-            if p in self._fetched or p >= len(self.course.plan.fetches):
-                continue
-            self._fetched.add(p)
-            for fetch in self.course.plan.fetches[p]:
-                orders = self._orders.get(fetch.section)
-                if orders is not None:
-                    back += orders.allocations(fetch.save)
+                    release.append((orders, saves))
+            if phase in course.others:
+                self._fetch(phase, back)
+        self._phase = max(self._phase, until)
         return release, back
+
+    def _fetch(self, phase: int, back: list[Allocation]) -> None:
+        """Append to `back` what starts to come back as `phase` begins."""
+        fetches = self.course.fetches.get(phase)
+        if fetches is None or phase in self._fetched:
+            return
+        self._fetched.add(phase)
+        for fetch in fetches:
+            orders = self._orders.get(fetch.section)
+            if orders is not None:
+                back += orders.allocations(fetch.save)
