@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 
+from ...planner.layout import is_saved
 from ...planner.plan import Plan
 from ...planner.timeline import Timeline
 from .timelines import Recipe
@@ -39,6 +40,11 @@ class Course:
             self.moves.append({move.save: here + max(0, move.release_after) for move in section.moves})
             record = timeline.sections[index] if index < len(timeline.sections) else None
             self.sizes.append({a.save: a.nbytes for a in record.allocations} if record is not None else {})
+        self.again_bytes: list[int] = []
+        """For each section: what is there again of its saves when backward has computed it again."""
+        for index, section in enumerate(plan.sections):
+            saves = timeline.sections[index].allocations if index < len(timeline.sections) else ()
+            self.again_bytes.append(sum(a.held_bytes for a in saves if not is_saved(a, index, section.mode)))
         self.due: dict[int, list[tuple[int, int]]] = {}
         for index, moves in enumerate(self.moves):
             for save, due in moves.items():

@@ -25,6 +25,7 @@ class PlannedOrders(Orders):
         "_section",
         "_sizes",
         "_taken",
+        "again_bytes",
         "called",
         "index",
         "mode",
@@ -43,6 +44,7 @@ class PlannedOrders(Orders):
         self._taken: dict[int, list[weakref.ref[Allocation]]] = {}
         self.index = index
         self.mode = course.plan.sections[index].mode
+        self.again_bytes = course.again_bytes[index]
         self.recipe = course.recipes.get(index, Recipe())
         self.read_twice: Callable[[], None] | None = None
         """To be told if backward reads a saved tensor twice, where it is not known whether it does."""
