@@ -55,7 +55,9 @@ class GroupedMLP(nn.Module):
 
 
 class Stack(nn.Module):
-    """The layers, one after another."""
+    """The layers, one after another; the first `num_checkpointed` are recomputed in backward."""
+
+    num_checkpointed = 0
 
     def __init__(self, shape: StackShape, recipe: Recipe | None, device: torch.device) -> None:
         super().__init__()
@@ -64,8 +66,11 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         splits = Splits.of(self.shape.splits, len(x), x.device)
-        for layer in self.layers:
-            x = layer(x, splits)
+        for number, layer in enumerate(self.layers):
+            if number < self.num_checkpointed:
+                x = torch.utils.checkpoint.checkpoint(layer, x, splits, use_reentrant=False)
+            else:
+                x = layer(x, splits)
         return x
 
     def inputs(self) -> tuple[Tensor, Tensor]:

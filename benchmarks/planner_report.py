@@ -18,16 +18,17 @@ TARGETS = {
 def to_markdown(results: Row, environment: Environment) -> str:
     """All cases that were measured."""
     parts = ["# Plans from measurement", environment.to_markdown()]
+    rivals = [*results.get("checkpoint", []), *results.get("peers", [])]
     titles = {
         "goals": "## Goals",
         "refused": "## A budget under the floor",
-        "curve": "## Ten budgets",
+        "curve": "## Budgets",
         "checkpoint": "## Layers checkpointed",
         "peers": "## Peers",
     }
     for case, title in titles.items():
         if case in results:
-            parts += [title, _table(results[case])]
+            parts += [title, _table(results[case], rivals if case == "curve" else [])]
             parts += [f"- {row['mode']}: {row['why']}" for row in results[case] if row.get("why")]
     if "host" in results:
         parts += ["## Host", _host(results["host"])]
@@ -38,9 +39,28 @@ def to_markdown(results: Row, environment: Environment) -> str:
             for row in results["bits"]
         ]
         parts += ["## Loss and gradients, bit by bit", "\n".join(told)]
-    if "stack" in results:
-        parts += ["## Stack of experts", _stack_table(results["stack"])]
+    for case, title in (("stack", "## Stack of experts"), ("block", "## Transformer blocks with experts")):
+        for model in dict.fromkeys(row["model"] for row in results.get(case, [])):
+            rows = [row for row in results[case] if row["model"] == model]
+            parts += [f"{title}: {model}", _table(rows, [row for row in rows if not row.get("ours")])]
+            parts += [f"- {row['mode']}: {row['why']}" for row in rows if row.get("why")]
+    if results.get("seconds"):
+        parts.append(
+            "Took " + ", ".join(f"{case} {seconds:.0f} s" for case, seconds in results["seconds"].items()) + "."
+        )
     return "\n\n".join(parts)
+
+
+def beaten_by(row: Row, rivals: Sequence[Row]) -> list[str]:
+    """The rivals that are as fast as `row`, or faster, at the same peak or less: none, if it dominates.
+
+    Peaks of one mode differ by some MiB between rounds: those within 1 % are the same.
+    """
+    return [
+        one["mode"]
+        for one in rivals
+        if "ratio" in one and one["peak_bytes"] <= 1.01 * row["peak_bytes"] and one["ratio"] <= row["ratio"]
+    ]
 
 
 def _host(row: Row) -> str:
@@ -62,9 +82,11 @@ def _gib(nbytes: float | None) -> str:
     return "" if not nbytes else f"{nbytes / GIB:.2f}"
 
 
-def _table(rows: Sequence[Row]) -> str:
+def _table(rows: Sequence[Row], rivals: Sequence[Row]) -> str:
+    """rivals: what a plan has to beat; without any, the column says what there is to reach."""
+    last = "faster than all at its peak or less" if rivals else "to reach"
     lines = [
-        "| mode | step ms | × none (least to most) | foreseen ms | off by | peak GiB | foreseen | off by | to reach |",
+        f"| mode | step ms | × none (least to most) | foreseen ms | off by | peak GiB | foreseen | off by | {last} |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -76,24 +98,20 @@ def _table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row['mode']} | {step:.1f} | {row['ratio']:.3f} ({low:.3f} to {high:.3f}) | "
             f"{'' if ms is None else f'{ms:.1f}'} | {_off(step, ms)} | {_gib(row['peak_bytes'])} | {_gib(peak)} | "
-            f"{_off(row['peak_bytes'], peak)} | {TARGETS.get(row['mode'], '')} |"
+            f"{_off(row['peak_bytes'], peak)} | {_verdict(row, rivals) if rivals else TARGETS.get(row['mode'], '')} |"
         )
     return "\n".join(lines)
+
+
+def _verdict(row: Row, rivals: Sequence[Row]) -> str:
+    if not row.get("ours") or not row["peak_bytes"]:
+        return ""
+    beaten = beaten_by(row, rivals)
+    if beaten:
+        return f"**no**: {', '.join(beaten)}"
+    near = [one for one in rivals if "ratio" in one and one["peak_bytes"] <= 1.01 * row["peak_bytes"]]
+    return f"yes, of {len(near)}" if near else "yes: none of them gets there"
 
 
 def _off(measured: float, predicted: float | None) -> str:
     return "" if not predicted or not measured else f"{100 * (predicted / measured - 1):+.1f} %"
-
-
-def _stack_table(rows: Sequence[Row]) -> str:
-    lines = ["| stack | mode | step ms | foreseen | peak GiB | foreseen |", "| --- | --- | --- | --- | --- | --- |"]
-    for row in rows:
-        if "wall" not in row:
-            lines.append(f"| {row['stack']} | {row['mode']} | {row['failed']} | | | |")
-            continue
-        ms = row.get("predicted_ms")
-        lines.append(
-            f"| {row['stack']} | {row['mode']} | {row['wall']['median']:.1f} | {'' if ms is None else f'{ms:.1f}'} | "
-            f"{_gib(row['peak_bytes'])} | {_gib(row.get('predicted_peak_bytes'))} |"
-        )
-    return "\n".join(lines)

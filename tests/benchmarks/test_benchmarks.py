@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 
-from benchmarks import decoder, decoder_report, overhead, planner
+from benchmarks import decoder, decoder_report, overhead, planner, planner_report
 from benchmarks.decoder_cases import overlap
 from benchmarks.decoder_model import CheckpointedDecoder, build, inputs, twin
 from benchmarks.decoder_modes import parse_policy
+from benchmarks.moe_block_model import TINY_BLOCKS, Blocks
+from benchmarks.planner_bench import LayersBench
 from benchmarks.shapes import TINY
 
 
@@ -93,7 +95,7 @@ def test_the_overhead_benchmark_runs_to_the_end(tmp_path, monkeypatch):
 
 
 def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
-    cases = ["goals", "checkpoint", "host", "bits"]
+    cases = ["goals", "curve", "checkpoint", "host", "bits"]
     assert planner.main(["--device", "cpu", "--tiny", "--quick", "--out", str(tmp_path), "--cases", *cases]) == 0
     results = json.loads((tmp_path / "planner.json").read_text())
     assert results["goals"][0]["mode"] == "max_slowdown=0.01, recompute=never"
@@ -103,5 +105,71 @@ def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
     host = results["host"]
     assert set(host["host_ms"]) == {"none", "by hand", "planned", "timed again"} and host["planning_ms"]["num"] == 3
     assert len(set(host["bytes_out"].values())) == 1 and host["copies_out"]["planned"] > 0
-    assert "peak ≤ 12.1 GiB" in capsys.readouterr().out
+    assert set(results["seconds"]) == set(cases)
+    told = capsys.readouterr()
+    assert "peak ≤ 12.1 GiB" in told.out and "faster than all at its peak or less" in told.out
+    assert all(f"{case}: " in told.err for case in cases)
     assert (tmp_path / "timeline-0.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("case", "recipe"),
+    [
+        ("block", "bf16"),
+        pytest.param("block", "fp8_block", marks=pytest.mark.slow),
+        pytest.param("stack", "fp8_block", marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_experts_are_planned_beside_checkpointing(case, recipe, tmp_path, capsys):
+    arguments = ["--device", "cpu", "--tiny", "--out", str(tmp_path), "--recipes", recipe, "--cases", case]
+    assert planner.main(arguments) == 0
+    rows = json.loads((tmp_path / "planner.json").read_text())[case]
+    assert [row["mode"] for row in rows[:3]] == [f"{num} layers checkpointed" for num in (0, 1, 3)]
+    ours = [row for row in rows if row.get("ours")]
+    assert len(ours) == 3 and all(row["planned"] for row in ours), rows
+    assert max(row["bytes_out"] for row in ours) > 0
+    assert f"{rows[0]['model']}\n" in capsys.readouterr().out and rows[0]["model"].endswith(recipe)
+
+
+def test_twins_of_blocks_share_weights_and_take_the_same_step():
+    bench = LayersBench(Blocks(TINY_BLOCKS, None, torch.device("cpu")))
+    bench.plain.step(bench.x, bench.probe)
+    wanted = [p.grad.clone() for p in bench.model.parameters()]
+    counts = []
+    for num in range(TINY_BLOCKS.layers + 1):
+        mode = bench.mode("checkpointed", num_checkpointed=num)
+        assert not set(mode.model.modules()) & set(bench.model.modules())
+        saved = []
+        bench.model.zero_grad(set_to_none=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, saved=saved: saved.append(0) or tensor, lambda t: t
+        ):
+            y = mode.model(bench.x)
+        y.backward(bench.probe)
+        counts.append(len(saved))
+        assert all(torch.equal(p.grad, g) for p, g in zip(bench.model.parameters(), wanted, strict=True))
+    assert sorted(set(counts), reverse=True) == counts, "each layer that is checkpointed saves less"
+
+
+def test_a_run_that_is_killed_keeps_its_rows(tmp_path, monkeypatch):
+    def killed(bench, chosen, rounds, out=None):
+        yield {"mode": "first", "failed": "x"}
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(planner.cases, "goals", killed)
+    with pytest.raises(KeyboardInterrupt):
+        planner.main(["--device", "cpu", "--tiny", "--out", str(tmp_path), "--cases", "curve"])
+    assert json.loads((tmp_path / "planner.json").read_text())["curve"] == [{"mode": "first", "failed": "x"}]
+    assert "| first | x |" in (tmp_path / "planner.md").read_text()
+
+
+def test_dominance_is_being_faster_than_all_at_the_same_peak_or_less():
+    def row(mode, ratio, gib, **more):
+        return {"mode": mode, "ratio": ratio, "peak_bytes": int(gib * 2**30), **more}
+
+    rivals = [row("none", 1.0, 14), row("half", 1.1, 10), row("all", 1.3, 8), {"mode": "trl", "failed": "no"}]
+    assert planner_report.beaten_by(row("ours", 1.05, 10, ours=True), rivals) == []
+    assert planner_report.beaten_by(row("ours", 1.2, 10, ours=True), rivals) == ["half"]
+    assert planner_report.beaten_by(row("ours", 1.4, 10, ours=True), rivals) == ["half", "all"]
+    assert planner_report.beaten_by(row("ours", 1.25, 7.95, ours=True), rivals) == [], "within a per cent, and faster"
+    assert planner_report.beaten_by(row("ours", 9.0, 7, ours=True), rivals) == []

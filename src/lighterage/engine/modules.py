@@ -54,6 +54,16 @@ class SectionModules:
         self._by_name = dict(self.sections)
         self.all_modules = [module for _, module in self.sections] if whole is None else [whole]
 
+    def gap_name(self, position: int) -> str:
+        """The name of what is saved after the section at `position`, up to the next one; -1: before the first."""
+        where = f"after {self.sections[position][0]}" if position >= 0 else f"before {self.sections[0][0]}"
+        return f"{self.root_name}, {where}"
+
+    @property
+    def gaps(self) -> list[str]:
+        """The names of all that may be saved between the sections."""
+        return [] if self.root is None else [self.gap_name(position) for position in range(-1, len(self.sections))]
+
     def _search(self, root: nn.Module) -> tuple[list[tuple[str, nn.Module]], nn.Module | None]:
         best: tuple[str, nn.ModuleList | nn.Sequential] | None = None
         for name, module in root.named_modules():

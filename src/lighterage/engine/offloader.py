@@ -25,6 +25,7 @@ from .opening import Opener, SectionPlan
 from .planning import Autoplan
 from .policy import Policy
 from .report import Report, build_report
+from .rules import check_rules
 from .sections import LiveSection, Section
 from .steps import Steps
 from .stores import Stores
@@ -48,6 +49,7 @@ class Offloader:
         self._policy = policy
         self._lock = threading.RLock()
         self._modules = SectionModules(modules)
+        check_rules(policy, self._modules, stacklevel=3)
         self._residents = Residents(self._modules.all_modules)
         self._stores = Stores(policy, before_copies)
         self._ledger = Ledger()

@@ -144,13 +144,12 @@ class Opener:
     def open_gap(self, position: int) -> Section:
         """A section for what is saved after the section at `position` has ended, up to the next one."""
         sections = self._modules.sections
-        where = f"after {sections[position][0]}" if position >= 0 else f"before {sections[0][0]}"
         reason = None
         if self._auto is None:
             reason = KEEP_LAST if position + 1 >= len(sections) - self._policy.keep_last else None
             if position + 1 == len(sections):
                 reason = "after the last section: backward begins with it"
-        return self._open_section(f"{self._modules.root_name}, {where}", reason, gap=True)[0]
+        return self._open_section(self._modules.gap_name(position), reason, gap=True)[0]
 
     def _open_section(
         self,

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import math
 
+from ...planner.layout import is_saved
 from ...planner.plan import Fetch, Mode, Plan
 from ...planner.timeline import Timeline
 from .timelines import Recipe
@@ -26,6 +27,9 @@ class SectionCourse:
     recipe: Recipe
     moved: dict[int, float]
     """The saves whose allocations leave, and the most bytes that each has where it is the one that was planned for."""
+
+    again_bytes: int
+    """What is there again of its saves when backward has computed it again."""
 
 
 class Course:
@@ -54,6 +58,9 @@ class Course:
                 mode=section.mode,
                 recipe=recipes.get(index, Recipe()),
                 moved={move.save: sizes.get(move.save, math.inf) for move in section.moves},
+                again_bytes=sum(
+                    a.held_bytes for a in (record.allocations if record else ()) if not is_saved(a, index, section.mode)
+                ),
             )
             seen[section.name] += 1
             here = self.phase_of.get(("forward", index), 0)

@@ -35,7 +35,7 @@ _RESIDENT = frozenset(
 class Boundary:
     """Where a phase begins, which is where the one before it ends."""
 
-    __slots__ = ("at", "direction", "live_bytes", "peak_bytes", "section")
+    __slots__ = ("again_bytes", "at", "direction", "live_bytes", "peak_bytes", "section")
 
     def __init__(self, direction: Direction, section: SectionLog | None, at: Mark) -> None:
         self.direction: Direction = direction
@@ -45,6 +45,8 @@ class Boundary:
         """The peak of the phase that ended here."""
         self.live_bytes = 0
         """Of what was recorded, here."""
+        self.again_bytes = 0
+        """Of what the phase that begins here computes again: that is saved in no section, so that none records it."""
 
 
 class StepLog:
@@ -82,8 +84,9 @@ class StepLog:
     def settle_live(self) -> None:
         """Take what is alive now for what is alive at the last boundary."""
         if self.detailed:
+            here = self.boundaries[-1]
             live = sum(save.live_bytes for one in self.sections for save in one.saves)
-            self.boundaries[-1].live_bytes = max(self.boundaries[-1].live_bytes, live)
+            here.live_bytes = max(here.live_bytes, live + here.again_bytes)
 
     def entered(self, section: SectionLog) -> None:
         """A section's forward begins."""
@@ -103,11 +106,14 @@ class StepLog:
         outer = self._open[-1] if self._open else None
         self._bound("forward" if outer is not None else "other", outer)
 
-    def visited(self, section: SectionLog) -> None:
-        """Backward has come to a section."""
+    def visited(self, section: SectionLog, again_bytes: int = 0) -> None:
+        """Backward has come to a section, of which it computes so much again."""
         if self.closed:
             return
         self._bound("backward", section)
+        if again_bytes:
+            self.boundaries[-1].again_bytes = again_bytes
+            self.settle_live()
         task = torch._C._current_graph_task_id()
         if task != -1 and task not in self._callbacks:
             self._callbacks.add(task)

@@ -1,0 +1,119 @@
+"""A model without offload, and beside it steps of other modes over the same parameters."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import gc
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import lighterage
+from benchmarks.decoder_cases import Row, spread, timed_step
+from benchmarks.decoder_model import Decoder, build, inputs, twin
+from benchmarks.decoder_modes import Mode
+from benchmarks.shapes import DecoderShape
+
+
+class PartlyCheckpointed(Decoder):
+    """The decoder with its first `num_checkpointed` layers recomputed in backward."""
+
+    num_checkpointed = 0
+
+    def run_layer(self, layer: nn.Module, x_BSH: Tensor, cos_SD: Tensor, sin_SD: Tensor) -> Tensor:
+        if any(layer is one for one in list(self.layers)[: self.num_checkpointed]):
+            return torch.utils.checkpoint.checkpoint(layer, x_BSH, cos_SD, sin_SD, use_reentrant=False)
+        return layer(x_BSH, cos_SD, sin_SD)
+
+
+class Bench:
+    """The decoder."""
+
+    mode_class = Mode
+
+    def __init__(self, shape: DecoderShape, device: torch.device) -> None:
+        self.begin(build(shape, device), *inputs(shape, device))
+
+    def begin(self, model: nn.Module, x: Tensor, probe: Tensor) -> None:
+        """Keep what is measured, and warm up."""
+        self.device = x.device
+        self.model, self.x, self.probe = model, x, probe
+        self.plain = self.mode("none")
+        for _ in range(3):
+            self.plain.step(self.x, self.probe)
+
+    def twin(self, num_checkpointed: int = 0) -> nn.Module:
+        """A module tree of its own over the same parameters, its first so many layers checkpointed."""
+        model = twin(self.model, PartlyCheckpointed)
+        model.num_checkpointed = num_checkpointed
+        return model
+
+    def mode(self, name: str, *, num_checkpointed: int = 0, policy: dict[str, Any] | None = None) -> Mode:
+        """A way to train a twin: as it is, checkpointed, or under the offloader that `policy` gives."""
+        model = self.twin(num_checkpointed)
+        offloader = None if policy is None else lighterage.offload(model.layers, **policy)
+        return self.mode_class(name=name, model=model, offloader=offloader)
+
+    def step(self, mode: Mode) -> tuple[float, float, int]:
+        """One timed step; gradients are dropped after it, so that they are not in the next mode's way."""
+        timed = timed_step(mode, self.x, self.probe)
+        self.model.zero_grad(set_to_none=True)
+        mode.model.zero_grad(set_to_none=True)
+        self.x.grad = None
+        return timed
+
+    def pairs(self, mode: Mode, rounds: int) -> Row:
+        """`mode` and the step without it in turn: medians, and the median of the ratios of neighbours, two a round."""
+        mine, plain, ratios, peaks, walls = [], [], [], [], []
+        gc.collect()
+        gc.disable()  # a collection takes tens of milliseconds, and falls on whoever comes by
+        try:
+            for _ in range(rounds):
+                self.step(self.plain)  # what follows another mode's step is not timed: the lanes were idle
+                base = self.step(self.plain)
+                self.step(mode)
+                steps = [self.step(mode) for _ in range(2)]
+                plain.append(base[0])
+                mine += [step[0] for step in steps]
+                walls += [step[1] for step in steps]
+                peaks += [step[2] for step in steps]
+                ratios += [step[0] / base[0] for step in steps]
+        finally:
+            gc.enable()
+        return {
+            "device": spread(mine),
+            "wall": spread(walls),
+            "none": spread(plain),
+            "ratio": statistics.median(ratios),
+            "ratio_spread": [min(ratios), max(ratios)],
+            "peak_bytes": max(peaks),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayersMode(Mode):
+    """A way to train a model whose output has a gradient of its own."""
+
+    def step(self, x: Tensor, probe: Tensor) -> None:
+        """Forward and backward; gradients are dropped first and kept after."""
+        self.model.zero_grad(set_to_none=True)
+        x.grad = None
+        self.model(x).backward(probe)
+
+
+class LayersBench(Bench):
+    """A model of lighterage's own layers: with `layers`, `num_checkpointed` and `inputs()`."""
+
+    mode_class = LayersMode
+
+    def __init__(self, model: nn.Module) -> None:
+        self.begin(model, *model.inputs())
+
+    def twin(self, num_checkpointed: int = 0) -> nn.Module:
+        # Parameters that copying has "seen" are shared.
+        model = copy.deepcopy(self.model, {id(parameter): parameter for parameter in self.model.parameters()})
+        model.num_checkpointed = num_checkpointed
+        return model
