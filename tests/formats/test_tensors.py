@@ -260,6 +260,26 @@ def test_a_parameter_stays_one_when_it_is_copied_or_saved(name: str, requires_gr
 
 
 @every_format
+def test_assigned_data_brings_its_codes(name: str) -> None:
+    """As modules and FSDP move parameters."""
+    quantizer = ALL[name]()
+    module = torch.nn.Module()
+    module.weight = torch.nn.Parameter(quantizer(X), requires_grad=False)
+    same = module.weight
+    same.data = quantizer(X[:32] * 3)
+    assert same is module.weight and isinstance(same, torch.nn.Parameter) and same.shape == (32, 96)
+    assert same_codes(same, quantizer(X[:32] * 3))
+    same.data = quantizer(X)
+    assert same_codes(same.data, quantizer(X)) and type(same.data) is type(same)
+    for values in (X, X.float(), None):
+        with pytest.raises(TypeError, match="must be a tensor of its class"):
+            same.data = values
+    with pytest.raises(TypeError, match="to cast a module"):
+        module.float()
+    assert same_codes(same, quantizer(X)) and same.dtype == X.dtype
+
+
+@every_format
 def test_a_leaf_requires_its_gradient_when_it_is_copied(name: str) -> None:
     q = ALL[name]()(X).requires_grad_()
     for other in (copy.deepcopy(q), copy.copy(q), pickle.loads(pickle.dumps(q))):

@@ -186,6 +186,11 @@ def test_only_the_gradients_that_are_wanted(name: str, wanted: tuple[int, ...]) 
         assert all(same_bits(got[i], every[index]) for i, index in enumerate(wanted))
 
 
+def test_one_row_may_come_without_a_leading_dimension() -> None:
+    w1, w2, x = torch.randn(1, 64, 32), torch.randn(1, 32, 32), torch.randn(32)
+    assert torch.equal(grouped_mlp(x, w1, w2, [1]), grouped_mlp(x[None], w1, w2, [1])[0])
+
+
 @EVERY
 def test_no_rows_at_all(name: str) -> None:
     leaves = _inputs(2, 0)

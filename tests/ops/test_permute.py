@@ -145,11 +145,21 @@ def test_no_token_and_experts_without_tokens_work():
         (torch.tensor([[-1, 2]]), "got -1 to 2"),
         (torch.tensor([0, 1]), r"shape \(T, k\)"),
         (torch.tensor([[0.0]]), "whole numbers"),
+        (torch.empty(4, 0, dtype=torch.int64), "k 1 or more"),
     ],
 )
 def test_wrong_experts_are_refused(experts, match):
     with pytest.raises(ValueError, match=match):
         plan_permutation(experts, 4, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+@pytest.mark.parametrize("num_experts", [3, 256])
+def test_experts_may_be_any_whole_numbers(dtype, num_experts):
+    experts = torch.tensor([[2, 1], [0, 2]])  # as many copies as there are entries of a mask for three experts
+    wanted, plan = (plan_permutation(x, num_experts, 4) for x in (experts, experts.to(dtype)))
+    assert torch.equal(plan.rows, wanted.rows) and torch.equal(plan.tokens, wanted.tokens)
+    assert torch.equal(plan.m_splits, wanted.m_splits) and torch.equal(plan.num_tokens_of, wanted.num_tokens_of)
 
 
 def test_tensors_of_another_plan_are_refused():

@@ -7,7 +7,9 @@ tensor by one is an error, because it would write into a temporary.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import getattr_static
 from math import prod
+from types import GetSetDescriptorType
 from typing import cast
 
 import torch
@@ -30,6 +32,7 @@ from lighterage.formats.quantized_tensor import (
 
 Handler = Callable[[tuple[object, ...], Mapping[str, object]], object]
 aten = torch.ops.aten
+_PLAIN_DATA = cast(GetSetDescriptorType, getattr_static(torch.Tensor, "data"))
 
 
 def answers_torch(cls: type[T]) -> type[T]:
@@ -56,6 +59,7 @@ def answers_torch(cls: type[T]) -> type[T]:
         )
 
     methods = {
+        "data": property(_PLAIN_DATA.__get__, _set_data),
         "__setitem__": set_item,
         "__torch_function__": torch._C._disabled_torch_function_impl,
         "__torch_dispatch__": classmethod(torch_dispatch),
@@ -88,6 +92,19 @@ def dispatch(func: torch._ops.OpOverload, args: tuple[object, ...], kwargs: Mapp
 
 def _plain(value: object) -> object:
     return as_quantized(cast(torch.Tensor, value)).dequantize() if is_quantized(value) else value
+
+
+def _set_data(tensor: torch.Tensor, value: object) -> None:
+    """`tensor.data = value`: what modules and FSDP move parameters by. PyTorch's own knows nothing of the codes."""
+    if type(value) is not type(tensor):
+        got = f"{type(value).__name__} {value.dtype}" if isinstance(value, torch.Tensor) else type(value).__name__
+        raise TypeError(
+            f"the data of {tensor!r} must be a tensor of its class; got a {got}. Quantize new values into it with "
+            "quantizer.update(x, out); to cast a module, put a parameter of dequantize() in its place first."
+        )
+    _PLAIN_DATA.__set__(tensor, value)
+    for name in (*as_quantized(value).FIELDS, *as_quantized(value).OPTIONS):
+        setattr(tensor, name, getattr(value, name))
 
 
 def _refuse_write(func: torch._ops.OpOverload, argument: torch.Argument, value: object) -> None:

@@ -82,8 +82,9 @@ def grouped_mlp(
         x = x.to(cast_to)
         if recipe is None:
             w1, w2 = w1.to(cast_to), w2.to(cast_to)
-    splits = checked_splits(m_splits, checked_rows(x, w1, recipe), len(w1), recipe)
-    h = apply_grouped_linear(x.flatten(0, -2), w1, None, splits, recipe, False, backend)
+    x_MH = checked_rows(x, w1, recipe)
+    splits = checked_splits(m_splits, x_MH, len(w1), recipe)
+    h = apply_grouped_linear(x_MH, w1, None, splits, recipe, False, backend)
     probs_M = None if probs is None else _checked_probs(probs, h)
     params = _Params(
         products=choose_products(splits, recipe, backend),

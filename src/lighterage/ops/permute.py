@@ -71,8 +71,10 @@ def plan_permutation(experts: Tensor, num_experts: int, alignment: int = 1) -> P
     """
     check_no_transform("permutation")
     check_tensor("experts", experts, dtypes=None)
-    if experts.ndim != 2 or experts.dtype not in _WHOLE:
-        raise ValueError(f"experts must be whole numbers of shape (T, k); got {experts.dtype} {tuple(experts.shape)}.")
+    if experts.ndim != 2 or experts.shape[1] == 0 or experts.dtype not in _WHOLE:
+        raise ValueError(
+            f"experts must be whole numbers of shape (T, k), k 1 or more; got {experts.dtype} {tuple(experts.shape)}."
+        )
     alignment = check_count("alignment", alignment, least=1)
     num_experts = check_count("num_experts", num_experts, least=1)
     if (
@@ -83,6 +85,8 @@ def plan_permutation(experts: Tensor, num_experts: int, alignment: int = 1) -> P
         raise ValueError(
             f"experts must be from 0 to {num_experts - 1}; got {int(experts.min())} to {int(experts.max())}."
         )
+    if experts.itemsize < 4:
+        experts = experts.int()  # bytes would index as a mask, and their numbers end before those of the experts may
     num_rows = capacity(experts.numel(), num_experts, alignment)
     place = _kernels(experts).place_copies
     rows, tokens, padded, sizes = place(experts, num_experts, alignment, num_rows)
