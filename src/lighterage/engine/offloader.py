@@ -372,7 +372,7 @@ class Offloader:
             finally:
                 failure = None  # its traceback holds this frame
 
-    def visit(self, section: Section) -> None:
+    def visit(self, section: Section, asked: Allocation | None = None) -> None:
         """Backward has come to `section`: bring back what it saved, and start on what comes next."""
         with self._lock:
             if section.visited or section.index is None or section.open:
@@ -400,7 +400,7 @@ class Offloader:
                     wanted -= not upcoming.gap
                     if not wanted:
                         break
-            self._traffic.come_back_for(section, ahead)
+            self._traffic.come_back_for(section, ahead, asked)
             if self._auto is not None and measures:
                 self._auto.reloaded()
 

@@ -247,17 +247,21 @@ class Traffic:
 
     # --- back -----------------------------------------------------------------------------------------------------
 
-    def come_back_for(self, section: Section, upcoming: Sequence[Section]) -> None:
-        """Backward has come to `section`, and `upcoming` are expected next.
+    def come_back_for(self, section: Section, upcoming: Sequence[Section], asked: Allocation | None = None) -> None:
+        """Backward has come to `section`, where it asks for `asked`, and `upcoming` are expected next.
 
         What they saved is queued in the order of need, and started as far as the window allows: no more bytes wait on
         the device unused than `upcoming` saved. So a section's bytes come in while those before it are used up, and
-        their memory becomes free. With nothing upcoming, `section` itself comes back at once.
+        their memory becomes free. With nothing upcoming, `section` itself comes back at once. What of `section` is away
+        by now was not expected so soon, and is urgent: see Note [Urgent reloads].
         """
         away = _away(section)
+        if len(away) > 1 and asked in away:
+            away.remove(asked)
+            away.insert(0, asked)
         if not upcoming:
             self._queue.clear()
-            self._bring_back(away)
+            self._bring_back(away, urgent=True)
             return
         nbytes = sum([a.nbytes for a in away])
         later: list[Allocation] = []
@@ -269,9 +273,10 @@ class Traffic:
         # Two sections may have saved one allocation: it comes back once.
         wanted = dict.fromkeys([*away, *later])
         self._queue = collections.deque([weakref.ref(allocation) for allocation in wanted])
-        self._pump()
+        self._pump(away)
 
-    def _pump(self) -> None:
+    def _pump(self, urgent: Sequence[Allocation] = ()) -> None:
+        """Start what is queued, as far as the window allows. What is `urgent` is at the head of the queue."""
         queue, window, unused = self._queue, self._window, self._unused.nbytes
         if unused > self._refill_at:
             return
@@ -285,6 +290,9 @@ class Traffic:
                     break
                 next_ones.append(allocation)
             queue.popleft()
+        if urgent:
+            self._bring_back(next_ones[: len(urgent)], urgent=True)
+            next_ones = next_ones[len(urgent) :]
         self._bring_back(next_ones)
 
     def fetch(self, allocations: Sequence[Allocation]) -> None:
@@ -297,10 +305,10 @@ class Traffic:
         """Start bringing back what `section` saved, what it saved last first."""
         self._bring_back(_away(section))
 
-    def _bring_back(self, away: list[Allocation]) -> None:
+    def _bring_back(self, away: list[Allocation], *, urgent: bool = False) -> None:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                self._bring_back(away)
+                self._bring_back(away, urgent=urgent)
             return
         transports = {allocation.transport for allocation in away}
         for transport in transports:
@@ -309,7 +317,7 @@ class Traffic:
             with torch._C._DisableTorchDispatch():
                 stream = transport.stream_key()
                 batches = [allocation.room(stream) for allocation in group]
-                fences = transport.restore(batches)
+                fences = transport.restore(batches, urgent=urgent)
             for allocation, batch, fence in zip(group, batches, fences, strict=True):
                 row = allocation.row
                 if allocation.storage_ref is not None and allocation.still_alive:
@@ -332,7 +340,7 @@ class Traffic:
                 if allocation.stage is _BACK and allocation.back_in != context:
                     allocation.leave_again()
                 if allocation.stage is _AWAY:
-                    self._bring_back([allocation])
+                    self._bring_back([allocation], urgent=True)
                 elif allocation.stage is _HELD:
                     allocation.wanted = allocation.wanted or in_backward
                     allocation.join()
