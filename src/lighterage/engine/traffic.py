@@ -69,6 +69,8 @@ class Traffic:
         self._gathered_by: Transport | None = None
         self.still_alive = StillAlive()
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
+        self._num_urgent = 0
+        """So many at the head of the queue are of the section that backward is in."""
         self._unused = Unused()
         self._window = 0
         self._refill_at = 0.0
@@ -261,6 +263,7 @@ class Traffic:
             away.insert(0, asked)
         if not upcoming:
             self._queue.clear()
+            self._num_urgent = 0
             self._bring_back(away, urgent=True)
             return
         nbytes = sum([a.nbytes for a in away])
@@ -273,13 +276,14 @@ class Traffic:
         # Two sections may have saved one allocation: it comes back once.
         wanted = dict.fromkeys([*away, *later])
         self._queue = collections.deque([weakref.ref(allocation) for allocation in wanted])
-        self._pump(away)
+        self._num_urgent = len(away)
+        self._pump()
 
-    def _pump(self, urgent: Sequence[Allocation] = ()) -> None:
-        """Start what is queued, as far as the window allows. What is `urgent` is at the head of the queue."""
+    def _pump(self) -> None:
         queue, window, unused = self._queue, self._window, self._unused.nbytes
         if unused > self._refill_at:
             return
+        urgent: list[Allocation] = []
         next_ones: list[Allocation] = []
         while queue:
             allocation = queue[0]()
@@ -288,11 +292,12 @@ class Traffic:
                 unused += nbytes
                 if unused > window and unused > nbytes:
                     break
-                next_ones.append(allocation)
+                (urgent if self._num_urgent else next_ones).append(allocation)
             queue.popleft()
+            if self._num_urgent:
+                self._num_urgent -= 1
         if urgent:
-            self._bring_back(next_ones[: len(urgent)], urgent=True)
-            next_ones = next_ones[len(urgent) :]
+            self._bring_back(urgent, urgent=True)
         self._bring_back(next_ones)
 
     def fetch(self, allocations: Sequence[Allocation]) -> None:
