@@ -37,7 +37,7 @@ def random_plan(timeline: Timeline, seed: int, *, modes: tuple[str, ...] = MODES
     everything = [Fetch(section=i, save=m.save) for i, s in enumerate(sections) for m in s.moves]
     fetches: list[list[Fetch]] = [[] for _ in timeline.phases]
     for fetch in everything:
-        for _ in range(rng.choice((0, 1, 1, 2))):
+        if rng.random() < 0.75:
             fetches[rng.randrange(len(fetches))].append(fetch)
     return Plan(sections=tuple(sections), fetches=tuple(tuple(row) for row in fetches))
 

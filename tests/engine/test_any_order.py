@@ -333,7 +333,7 @@ def test_after_an_error_nothing_is_left_and_the_next_step_is_right(
             else:
                 pytest.fail("the error was swallowed")
             assert no_hook_is_pushed()
-            assert threading.active_count() <= before + 2
+            assert threading.active_count() <= before + 3  # the lanes: out, in, urgent
             assert_nothing_left(offloader)
             model.zero_grad()
             assert [bits(v) for v in train(batch(1))(model)] + grads_of(model) == expected

@@ -297,9 +297,9 @@ def test_each_capture_brings_back_only_what_its_own_forward_saved(monkeypatch: p
     restored: dict[int, int] = {}
     restore = CpuTransport.restore
 
-    def counted(self: CpuTransport, batches: Any) -> Any:
+    def counted(self: CpuTransport, batches: Any, **how: Any) -> Any:
         restored[now[0]] = restored.get(now[0], 0) + sum(rest.nbytes for batch in batches for rest, _ in batch)
-        return restore(self, batches)
+        return restore(self, batches, **how)
 
     monkeypatch.setattr(CpuTransport, "restore", counted)
     layers = [Layer(), Layer()]

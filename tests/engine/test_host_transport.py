@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lighterage import OffloadError
-from lighterage.engine import accelerator
+from lighterage.engine import accelerator, lanes
 from lighterage.engine.arena import Arena
 from lighterage.engine.captures import CapturedFence, Captures
 from lighterage.engine.lanes import FINISHED, Fence
@@ -28,7 +28,8 @@ class PlayedStreams:
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self._captures = Captures(driver)
-        self.outbound, self.inbound, self.main = Lane(), Lane(), Lane()
+        self.outbound, self.inbound, self.main, self.urgent = Lane(), Lane(), Lane(), Lane()
+        self.now_on: Lane | None = None
 
     def key(self) -> int:
         return 1
@@ -47,7 +48,9 @@ class PlayedStreams:
 
     @contextlib.contextmanager
     def on(self, lane: Lane, back_to: Lane) -> Iterator[None]:
+        self.now_on = lane
         yield
+        self.now_on = None
 
     def fence(self, lane: Lane) -> Fence:
         capture = self.capture()
@@ -60,12 +63,14 @@ class PlayedCopies:
     def __init__(self, streams: PlayedStreams) -> None:
         self.streams = streams
         self.captured: list[tuple[int, int, int]] = []
+        self.lanes: list[Lane | None] = []
 
     def copy(self, destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int], stream: int) -> bool:
         if not self.streams.capturing():
             return False
         for to, here, size in zip(destinations, sources, sizes, strict=True):
             self.captured.append((to, here, size))
+            self.lanes.append(self.streams.now_on)
             ctypes.memmove(to, here, size)
         return True
 
@@ -136,6 +141,21 @@ def test_each_captured_copy_stays_within_one_registration(transport: HostTranspo
     assert len(copies) == 4
     for to, here, size in copies:
         assert not any(lo < end < lo + size for end in ends for lo in (to, here))
+
+
+def test_a_capture_has_no_urgent_lane_and_no_chunks(
+    transport: HostTransport, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 1000)
+    saved, back = noise(2500, 0), torch.zeros(2500, dtype=torch.uint8)
+    driver.now = {1: 5}
+    (rest,) = transport.evict([source(saved)])
+    assert rest is not None
+    transport.restore([[(rest, back)]], urgent=True)
+    streams, copies = transport._streams, transport._batches
+    assert torch.equal(back, saved)
+    assert copies.lanes == [streams.outbound, streams.inbound]  # type: ignore[union-attr]
+    assert not transport._goes_first
 
 
 def test_blocks_that_a_graph_used_are_its_own(transport: HostTransport, driver: Driver) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from lighterage import OffloadError, Policy
-from lighterage.engine.cpu import CpuTransport, WorkerFence, WorkerLane
+from lighterage.engine.cpu import CpuTransport
 from lighterage.engine.disk import DiskStore
 from lighterage.engine.stores import Stores
+from lighterage.engine.workers import WorkerFence, WorkerLane
 
 
 class Gate:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -48,7 +49,8 @@ POLICIES = st.builds(
 
 @pytest.fixture(autouse=True)
 def _small_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors of these tests have kilobytes: gather, join and separate them as if they had megabytes."""
+    """Tensors of these tests have kilobytes: gather, join, cut and separate them as if they had megabytes."""
+    monkeypatch.setattr("lighterage.engine.lanes.CHUNK_BYTES", 700)
     monkeypatch.setattr("lighterage.engine.traffic.GATHER_BYTES", 2500)
     monkeypatch.setattr("lighterage.engine.allocation.COPY_GAP", 64)
     monkeypatch.setattr("lighterage.engine.allocation.BUFFER_GAP", 256)
@@ -357,27 +359,30 @@ class Witness:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.num_reads = 0
+        self.num_urgent = 0
         self.num_wrong = 0
-        self._written: dict[int, tuple[Any, int]] = {}
+        self._written: dict[tuple[int, int], tuple[Any, int]] = {}
+        """By room and offset: the room, and the checksum of a chunk."""
         for store in (DiskStore, stores._ArenaStore):
             monkeypatch.setattr(store, "write", self._watched_write(store.write))
             monkeypatch.setattr(store, "read", self._watched_read(store.read))
 
     def _watched_write(self, write: Any) -> Any:
-        def watched(store: Any, room: Any, data: Tensor) -> None:
+        def watched(store: Any, room: Any, data: Tensor, offset: int = 0) -> None:
             data = data.clone()  # the program may be writing to it: its graph is void, but its copy is looked at
-            self._written[id(room)] = (room, zlib.crc32(data.numpy().tobytes()))
-            write(store, room, data)
+            self._written[id(room), offset] = (room, zlib.crc32(data.numpy().tobytes()))
+            write(store, room, data, offset)
 
         return watched
 
     def _watched_read(self, read: Any) -> Any:
-        def watched(store: Any, room: Any, data: Tensor) -> None:
+        def watched(store: Any, room: Any, data: Tensor, offset: int = 0) -> None:
             try:
-                read(store, room, data)
+                read(store, room, data, offset)
             finally:
                 self.num_reads += 1
-                self.num_wrong += zlib.crc32(data.numpy().tobytes()) != self._written[id(room)][1]
+                self.num_urgent += threading.current_thread().name == "lighterage-urgent"
+                self.num_wrong += zlib.crc32(data.numpy().tobytes()) != self._written[id(room), offset][1]
 
         return watched
 
@@ -403,3 +408,4 @@ def test_no_block_is_used_again_before_its_last_copy(monkeypatch: pytest.MonkeyP
         if time.monotonic() > until and num_programs >= 1000:  # fewer would prove nothing
             break
     assert moved > 1000 * 2000 and refused > 0 and witness.num_reads > 1000, "blocks were not used often enough"
+    assert 1000 < witness.num_urgent < witness.num_reads - 1000, "one of the lanes in was hardly used"

@@ -15,18 +15,34 @@ TICK_MS = 1 / 256
 class _Lane:
     rate: float
     setup: float
+    chunk: float
     queue: list
     urgent: list
     current: object = None
+    hurries: bool = False
     setup_left: float = 0.0
     bytes_left: float = 0.0
+    chunk_left: float = 0.0
+    aside: tuple | None = None
 
-    def take(self):
-        if self.current is None:
-            queue = self.urgent or self.queue
-            if queue:
-                self.current = queue.pop(0)
-                self.setup_left, self.bytes_left = self.setup, float(self.current.nbytes)
+    def take(self, hurry):
+        """Take something up; where there is `hurry`, only that."""
+        if self.current is not None:
+            return
+        self.hurries = bool(self.urgent)
+        if self.urgent:
+            self.current = self.urgent.pop(0)
+        elif hurry:
+            return
+        elif self.aside is not None:
+            self.current, self.bytes_left = self.aside
+            self.aside, self.setup_left, self.chunk_left = None, 0.0, self.chunk
+            return
+        elif self.queue:
+            self.current = self.queue.pop(0)
+        else:
+            return
+        self.setup_left, self.bytes_left, self.chunk_left = self.setup, float(self.current.nbytes), self.chunk
 
     def carries(self):
         return self.current is not None and self.setup_left <= 0
@@ -42,10 +58,10 @@ class _Thing:
         self.move = None
 
 
-def step(timeline: Timeline, plan: Plan, link: Link) -> tuple[float, int]:
+def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")) -> tuple[float, int]:
     """(ms, peak bytes), within a few ticks for each event."""
-    out = _Lane(link.out_bytes_per_s / 1e3, link.copy_us / 1e3, [], [])
-    back = _Lane(link.in_bytes_per_s / 1e3, link.copy_us / 1e3, [], [])
+    out = _Lane(link.out_bytes_per_s / 1e3, link.copy_us / 1e3, chunk, [], [])
+    back = _Lane(link.in_bytes_per_s / 1e3, link.copy_us / 1e3, chunk, [], [])
     both = link.both_bytes_per_s / 1e3
     clock = 0.0
     peak = 0
@@ -66,11 +82,14 @@ def step(timeline: Timeline, plan: Plan, link: Link) -> tuple[float, int]:
             moves = [m for m in decided.moves if m.save == a.save]
             thing.move = moves[0] if moves and saved and a.kept is None else None
 
+    def hurry():
+        return bool(back.urgent) or (back.current is not None and back.hurries)
+
     def tick():
         nonlocal clock
         clock += TICK_MS
-        out.take()
-        back.take()
+        back.take(False)
+        out.take(hurry())
         o, b = out.rate, back.rate
         if out.carries() and back.carries() and o + b > both:
             o, b = min(o, both / 2), min(b, both / 2)
@@ -83,8 +102,9 @@ def step(timeline: Timeline, plan: Plan, link: Link) -> tuple[float, int]:
                 time -= used
                 if lane.setup_left > 1e-12:
                     break
-                used = min(time, lane.bytes_left / rate)
+                used = min(time, min(lane.bytes_left, lane.chunk_left) / rate)
                 lane.bytes_left -= used * rate
+                lane.chunk_left -= used * rate
                 time -= used
                 if lane.bytes_left <= 1e-6:
                     if lane is out:
@@ -92,7 +112,12 @@ def step(timeline: Timeline, plan: Plan, link: Link) -> tuple[float, int]:
                     else:
                         lane.current.here = True
                     lane.current = None
-                    lane.take()
+                    lane.take(lane is out and hurry())
+                elif lane.chunk_left <= 1e-6:
+                    lane.chunk_left = chunk
+                    if hurry() and not lane.hurries:
+                        lane.aside, lane.current = (lane.current, lane.bytes_left), None
+                        lane.take(lane is out)
 
     def see(work):
         nonlocal peak

@@ -10,7 +10,7 @@ import pytest
 
 from lighterage.planner.choose import plan
 from lighterage.planner.goal import Goal
-from lighterage.planner.plan import Plan, SectionPlan
+from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
 from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from tests.planner import oracle
 from tests.planner.decoder import GIB, LINK, decoder
@@ -136,3 +136,23 @@ def test_a_word_that_is_none_of_those_allowed_is_told_with_them():
     text = Plan(sections=(SectionPlan(name="L.0"),), fetches=()).to_json().replace('"save"', '"zip"')
     with pytest.raises(ValueError, match='mode is one of "save", "selective", "recompute"; got "zip"'):
         Plan.from_json(text)
+
+
+def test_a_release_before_the_save_is_told_with_its_save_and_what_to_do():
+    with pytest.raises(ValueError, match=r"0 or more phases.*got release_after=-1 for save 7\. Use 0"):
+        Move(save=7, release_after=-1)
+    text = Plan(sections=(SectionPlan(name="L.0", moves=(Move(save=7, release_after=4),)),), fetches=()).to_json()
+    with pytest.raises(ValueError, match="release_after=-4 for save 7"):
+        Plan.from_json(text.replace('"release_after": 4', '"release_after": -4').replace(":4", ":-4"))
+
+
+def test_what_a_plan_says_twice_is_told_with_its_places_and_what_to_do():
+    sections = (SectionPlan(name="L.0"), SectionPlan(name="L.1", moves=(Move(save=2, release_after=0),)))
+    once, other = Fetch(section=1, save=2), Fetch(section=0, save=2)
+    assert Plan(sections=sections, fetches=((once, other), ())).fetches[0] == (once, other)
+    for fetches in (((once, other, once), ()), ((), (once,), (other, once))):
+        with pytest.raises(ValueError, match=r"comes back once in a step; .* save 2 of section 1 2 times, in phases"):
+            Plan(sections=sections, fetches=fetches)
+    twice = SectionPlan(name="L.1", moves=(Move(save=2, release_after=0), Move(save=2, release_after=1)))
+    with pytest.raises(ValueError, match=r"moves save 2 of section 1 \(L\.1\) twice\. Leave one of the moves out"):
+        Plan(sections=(sections[0], twice), fetches=())

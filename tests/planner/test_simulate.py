@@ -7,6 +7,7 @@ import random
 
 import pytest
 
+from lighterage.planner import lanes
 from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
 from lighterage.planner.simulate import simulate
 from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
@@ -143,19 +144,87 @@ def test_an_urgent_copy_goes_before_the_queue():
     assert seen.stalls_ms.reload == 35.0
 
 
+def one_layer(saved: tuple[tuple[int, float, float], ...], backward_ms: float = 100.0) -> Timeline:
+    """One section that saves, at these times, so many bytes, which backward first reads at these times."""
+    allocations = tuple(
+        SavedAllocation(
+            save=save,
+            nbytes=nbytes,
+            held_bytes=nbytes,
+            born_ms=born_ms,
+            uses=(Use(section=0, first_ms=first_ms, last_ms=backward_ms),),
+        )
+        for save, (nbytes, born_ms, first_ms) in enumerate(saved, start=1)
+    )
+    phases = (
+        Phase(direction="forward", section=0, ms=50.0, work_bytes=0),
+        Phase(direction="backward", section=0, ms=backward_ms, work_bytes=0),
+    )
+    return Timeline(sections=(SectionRecord(name="layer", allocations=allocations),), phases=phases)
+
+
+def test_an_urgent_copy_overtakes_a_large_one_between_its_chunks(monkeypatch):
+    """1000 bytes are under way since 50, 50 bytes a ms, when 100 are asked for at 55: they come after the chunk."""
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 400)
+    timeline = one_layer(((1000, 0.0, 80.0), (100, 0.0, 5.0)))
+    moves = tuple(Move(save=save, release_after=0) for save in (1, 2))
+    plan = Plan(sections=(SectionPlan(name="layer", moves=moves),), fetches=((), (Fetch(section=0, save=1),)))
+    seen = simulate(timeline, plan, LINK)
+    assert [(c.save, c.start_ms, c.end_ms, c.nbytes, c.on_demand) for c in seen.in_copies] == [
+        (1, 50.0, 58.0, 400, False),
+        (2, 58.0, 60.0, 100, True),
+        (1, 60.0, 72.0, 600, False),
+    ]
+    assert seen.stalls_ms.reload == 5.0
+    assert (seen.bytes_in, seen.num_on_demand) == (1100, 1)
+    assert oracle.step(timeline, plan, LINK, 400)[0] == pytest.approx(seen.step_ms, abs=0.1)
+    # In one piece it would be waited for to its end.
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 1000)
+    assert simulate(timeline, plan, LINK).stalls_ms.reload == 17.0
+
+
+def test_copies_out_give_way_to_an_urgent_copy_between_their_chunks(monkeypatch):
+    """Both directions share 60 bytes a ms. 900 bytes are on their way out since 48 when 300 are asked for at 51."""
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 300)
+    link = Link(out_bytes_per_s=50e3, in_bytes_per_s=50e3, both_bytes_per_s=60e3, copy_us=0.0)
+    timeline = one_layer(((300, 0.0, 1.0), (900, 48.0, 90.0), (200, 49.0, 90.0)))
+    moves = (Move(save=1, release_after=0), Move(save=2, release_after=9), Move(save=3, release_after=9))
+    plan = Plan(sections=(SectionPlan(name="layer", moves=moves),), fetches=((), ()))
+    seen = simulate(timeline, plan, link)
+    # The chunk's other 150 bytes leave beside 150 of those that come in, which then have the link to themselves.
+    assert [(c.save, c.start_ms, c.end_ms) for c in seen.in_copies] == [(1, 51.0, 59.0)]
+    assert [(c.save, c.start_ms, c.end_ms, c.nbytes) for c in seen.out_copies] == [
+        (1, 0.0, 6.0, 300),
+        (2, 48.0, 56.0, 300),
+        (2, 59.0, 71.0, 600),
+        (3, 71.0, 75.0, 200),
+    ]
+    assert oracle.step(timeline, plan, link, 300)[0] == pytest.approx(seen.step_ms, abs=0.1)
+    # One that is through before the chunk is leaves the copy in one piece.
+    short = one_layer(((100, 0.0, 1.0), (900, 48.0, 90.0), (200, 49.0, 90.0)))
+    assert [c.nbytes for c in simulate(short, plan, link).out_copies] == [100, 900, 200]
+
+
+@pytest.mark.parametrize("chunk", [173.3, float("inf")])
 @pytest.mark.parametrize("seed", range(120))
-def test_it_agrees_with_small_steps_of_time(seed):
+def test_it_agrees_with_small_steps_of_time(seed, chunk, monkeypatch):
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", chunk)
     rng = random.Random(seed)
     timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
     plan = oracle.random_plan(rng, timeline)
     seen = simulate(timeline, plan, link)
-    step_ms, peak = oracle.step(timeline, plan, link)
+    step_ms, peak = oracle.step(timeline, plan, link, chunk)
     assert seen.peak_bytes == peak
     events = 3 * sum(len(record.allocations) for record in timeline.sections) + len(timeline.phases)
     assert seen.step_ms == pytest.approx(step_ms, abs=events * oracle.TICK_MS)
 
 
-def test_every_part_of_a_prediction_adds_up():
+def nbytes_of(timeline: Timeline, key: tuple[int, int]) -> int:
+    return next(a.nbytes for a in timeline.sections[key[0]].allocations if a.save == key[1])
+
+
+def test_every_part_of_a_prediction_adds_up(monkeypatch):
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", 200)
     for seed in range(40):
         rng = random.Random(1000 + seed)
         timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
@@ -166,6 +235,8 @@ def test_every_part_of_a_prediction_adds_up():
         assert sum(phase.stalls_ms.total for phase in seen.phases) == pytest.approx(seen.stalls_ms.total)
         times = [ms for ms, _ in seen.curve]
         assert times == sorted(times)
+        came_back = {(copy.section, copy.save) for copy in seen.in_copies}
+        assert seen.bytes_in == sum(nbytes_of(timeline, key) for key in came_back)
         for copies in (seen.out_copies, seen.in_copies):
             assert all(a.end_ms <= b.start_ms + 1e-9 for a, b in itertools.pairwise(copies))
 

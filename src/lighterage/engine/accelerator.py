@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .lanes import Fence
-from .streams import Streams
+from .lanes import Fence, chunks_of
+from .streams import Streams, await_on
 from .views import byte_view
 
 # Note [Block lifetime across lanes]
@@ -19,7 +19,8 @@ from .views import byte_view
 # waits for the copy (`order` at release); where a finalizer drops it while it is copied, it is buried, and the
 # allocator is told of the lane. A reloaded range is written by the inbound
 # lane: it is allocated on the stream that asks for it, the lane waits for that stream first (the allocator may have
-# handed out memory that earlier work still uses), and each stream that reads it waits for the copy.
+# handed out memory that earlier work still uses), and each stream that reads it waits for the copy. The lane of urgent
+# reloads is an inbound lane in all of this: what it reads and writes carries its fences, not those of the other one.
 
 
 # A device with this part of its memory free has room.
@@ -41,6 +42,8 @@ class Accelerator:
         self._last_key: int | None = None
         self.must_leave = False
         """Whether nothing may stay on the device merely because there is room."""
+        self._goes_first: dict[int, Fence] = {}
+        """By lane, the urgent copies that come before what it is given next."""
         self._has_room = False
         self._look_again_at = 0.0
 
@@ -105,8 +108,23 @@ class Accelerator:
 
     def share_with_lanes(self, storage: torch.UntypedStorage) -> None:
         data = byte_view(storage, 0, storage.nbytes())
-        data.record_stream(self._streams.outbound)
-        data.record_stream(self._streams.inbound)
+        for lane in self._streams.lanes:
+            data.record_stream(lane)
+
+    def _go_first(self, fence: Fence) -> None:
+        """Let what the other lanes are given from now on come after the urgent copies before `fence`."""
+        for lane in (self._streams.outbound, self._streams.inbound):
+            self._goes_first[id(lane)] = fence
+
+    def _give_way(self, lane: torch.Stream) -> None:
+        """Make `lane` come after the last urgent copies. Not for captures: no graph can depend on what is outside."""
+        fence = self._goes_first.pop(id(lane), None)
+        if fence is not None:
+            await_on(lane, fence)
+
+    def _synchronize_lanes(self) -> None:
+        for lane in self._streams.lanes:
+            lane.synchronize()
 
     def has_room(self) -> bool:
         """Whether so much of the device is free that what could leave it may as well stay for a while."""
@@ -134,10 +152,7 @@ def copy_out(parts: tuple[torch.Tensor, ...], data: torch.Tensor) -> None:
 
 
 def copy_in(data: torch.Tensor, parts: tuple[torch.Tensor, ...]) -> None:
-    if len(parts) == 1:
-        data.copy_(parts[0], non_blocking=True)
-        return
-    at = 0
-    for part in parts:
-        data[at : at + part.numel()].copy_(part, non_blocking=True)
-        at += part.numel()
+    """In chunks: see Note [Urgent reloads]."""
+    for at, chunk in chunks_of(parts):
+        size = chunk.numel()
+        (data if size == data.numel() else data[at : at + size]).copy_(chunk, non_blocking=True)

@@ -87,6 +87,19 @@ class Block(Lease):
         """uint8 CPU tensors over the block, in order; more than one only where pinned segments meet."""
 
 
+def slice_parts(parts: tuple[torch.Tensor, ...], lo: int, hi: int) -> tuple[torch.Tensor, ...]:
+    """uint8 tensors over bytes [lo, hi) of a block with these `parts`, in order."""
+    if len(parts) == 1:
+        return parts if hi - lo == parts[0].numel() else (parts[0][lo:hi],)
+    cut = []
+    for part in parts:
+        size = part.numel()
+        if lo < size and hi > 0:
+            cut.append(part[max(0, lo) : min(size, hi)])
+        lo, hi = lo - size, hi - size
+    return tuple(cut)
+
+
 class Arena:
     """Hands out blocks of one growing range of host memory: byte-exact, budgeted, pinned if there is a `pinner`.
 

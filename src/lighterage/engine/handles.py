@@ -87,7 +87,7 @@ class Offloaded:
             kind = type_name(self._allocation.sample(self._spec.dtype))
             raise changed_in_place(kind, self._spec.size, self._version, now, section.name)
         if not section.visited:
-            section.visit()
+            section.visit(self._allocation)
         return self._traffic.load(self._allocation, self._spec, section.visited)
 
 

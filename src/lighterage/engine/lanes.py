@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 import torch
+
+from ..planner.lanes import CHUNK_BYTES
+
+# Note [Urgent reloads]
+# A reload is urgent when backward waits for it and nobody has started it: what `Traffic.load` finds away; and what a
+# section saved that is away when backward comes to it, first of all what is asked for.
+# It goes on a lane of its own. What the inbound lane was given before cannot be called back: its copies are cut into
+# chunks, so that an urgent one gets in between. What either lane is given afterwards comes after the urgent copy; and
+# lanes that are threads look again before each chunk. Three things keep this safe.
+# 1. Bytes whose copy out is not finished must first go out. So an urgent copy waits for that before it holds up anybody
+#    (`RightOfWay`), and streams wait for events that were recorded before, never for such as are yet to come.
+# 2. Its fence is one like any other: who next writes the block that it reads, or uses the memory that it writes, comes
+#    after it. No rule about blocks counts on there being one inbound lane.
+# 3. Inside a graph's capture there is no urgent lane and there are no chunks. A replay makes the same copies in the
+#    same order each time, and that is the order in which backward asked for them when it was captured.
+# What was started, and is asked for while it waits in its queue, is left there. Copying it again would move its bytes
+# twice; and what is before it in the queue was started before it because it is needed before it, as far as anybody
+# knew: `come_back_for` and a plan's fetches go by need. They knew wrong where backward takes another way than in the
+# step before. Then it waits for no more than what is back and not used, which is at most a window, and in the next
+# step the order is known.
 
 
 class Wait(Protocol):
@@ -122,10 +142,13 @@ class Transport(Protocol):
         """The same, with the strides that it shall show where a dimension of one leaves a choice."""
         ...
 
-    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+    def restore(
+        self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]], *, urgent: bool = False
+    ) -> list[Fence]:
         """Start copying each resting range into its contiguous tensor; a fence for each batch, which batches may share.
 
-        The tensors' version counters stay as they are: what they count is what backward writes.
+        Urgent ones overtake what was started before: see Note [Urgent reloads]. The tensors' version counters stay as
+        they are: what they count is what backward writes.
         """
         ...
 
@@ -152,3 +175,37 @@ class Transport(Protocol):
     def close(self) -> None:
         """Wait for the copies under way and give everything back. Bytes that handles still own stay readable."""
         ...
+
+
+def chunks_of(parts: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+    """The bytes of uint8 tensors that follow one another, in chunks, each within one of them, and where it starts.
+
+    A chunk ends at each multiple of `CHUNK_BYTES` at the latest, so those of a write are also those of a read.
+    """
+    if len(parts) == 1 and parts[0].numel() <= CHUNK_BYTES:
+        yield 0, parts[0]
+        return
+    start = 0
+    for part in parts:
+        size, lo = part.numel(), 0
+        while lo < size:
+            hi = min(size, lo + CHUNK_BYTES - (start + lo) % CHUNK_BYTES)
+            yield start + lo, part[lo:hi]
+            lo = hi
+        start += size
+
+
+Copies = tuple[Sequence[int], Sequence[int], Sequence[int]]
+"""Addresses that are copied to, addresses that are copied from, and bytes."""
+
+
+def in_chunks(destinations: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> Copies:
+    """The same copies, cut into chunks where they are larger than one."""
+    if max(sizes, default=0) <= CHUNK_BYTES:
+        return destinations, sources, sizes
+    cut = [
+        (to + at, here + at, min(CHUNK_BYTES, size - at))
+        for to, here, size in zip(destinations, sources, sizes, strict=True)
+        for at in range(0, size, CHUNK_BYTES)
+    ]
+    return [to for to, _, _ in cut], [here for _, here, _ in cut], [size for _, _, size in cut]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,11 +11,11 @@ from ..errors import OffloadError
 from .accelerator import Accelerator, copy_in, copy_out
 from .arena import Arena, Block
 from .captures import CapturedFence
-from .cpu import WorkerFence, WorkerLane
 from .disk import DiskStore, Extent
-from .lanes import FINISHED, Fence, Resting, Source
+from .lanes import FINISHED, Fence, Resting, Source, chunks_of
 from .streams import DeviceWait, EventFence, await_on
 from .views import as_bytes, byte_view
+from .workers import RightOfWay, WorkerFence, WorkerLane
 
 
 class _TicketFence:
@@ -82,6 +83,8 @@ class DiskTransport(Accelerator):
         self._store = store
         self._writer = WorkerLane("lighterage-disk-out")
         self._reader = WorkerLane("lighterage-disk-in")
+        self._urgent_reader: WorkerLane | None = None
+        self._way = RightOfWay()
         self._refusal: str | None = None
 
     @property
@@ -96,6 +99,7 @@ class DiskTransport(Accelerator):
             return [None] * len(sources)
         lane, current = streams.outbound, streams.current()
         streams.after(current, lane)
+        self._give_way(lane)
         for storage, lo, hi in sources:
             extent = self._store.acquire(hi - lo)
             if extent is None:
@@ -124,22 +128,24 @@ class DiskTransport(Accelerator):
     def _write_job(self, extent: Extent, block: Block, left: Fence) -> Callable[[], None]:
         def write() -> None:
             left.wait()
-            at = 0
-            for part in block.parts:
-                self._store.write(extent, part, offset=at)
-                at += part.numel()
+            for at, chunk in chunks_of(block.parts):
+                self._way.give()
+                self._store.write(extent, chunk, offset=at)
             # Where the write fails the block is not given back: it still holds the only copy of the bytes.
             block.retire()
 
         return write
 
-    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+    def restore(
+        self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]], *, urgent: bool = False
+    ) -> list[Fence]:
         streams = self._streams
         if streams.capturing():
             raise OffloadError(
                 "a graph is captured whose backward needs what was saved outside of it and rests on disk; its replays "
                 "could not read a disk. Capture the forward pass too, or use tier='host'."
             )
+        reader, lane = (self._urgent_lane(), streams.urgent) if urgent else (self._reader, streams.inbound)
         current = streams.current()
         allocated = current.record_event()
         fences: list[Fence] = []
@@ -148,7 +154,7 @@ class DiskTransport(Accelerator):
             # The job holds the extents, not who owns them: they may be given back before it has run, with its fence.
             work = [(resting.written, resting.extent, data) for resting, data in batch]  # type: ignore[attr-defined]
             after = [written for written, _, _ in work]
-            fence.ticket = self._reader.submit(self._read_job(work, allocated, fence, current), after)
+            fence.ticket = reader.submit(self._read_job(work, allocated, fence, current, lane), after)
             for resting, _ in batch:
                 resting.reads = (*resting.reads, fence)  # type: ignore[attr-defined]
             fences.append(fence)
@@ -160,9 +166,11 @@ class DiskTransport(Accelerator):
         allocated: torch.Event,
         fence: _TicketFence,
         current: torch.Stream,
+        lane: torch.Stream,
     ) -> Callable[[], None]:
+        urgent = lane is not self._streams.inbound
+
         def read() -> None:
-            lane = self._streams.inbound
             back_to = self._streams.current()
             lane.wait_event(allocated)
             batch.reverse()
@@ -176,14 +184,20 @@ class DiskTransport(Accelerator):
                     parts = block.parts
                     for earlier in block.fences:
                         earlier.wait()
-                at = 0
-                for part in parts:
-                    self._store.read(extent, part, offset=at)
-                    at += part.numel()
+                # From here to the end of the file's reading it waits for no lane: see `RightOfWay`.
+                with self._way.taken() if urgent else contextlib.nullcontext():
+                    for at, chunk in chunks_of(parts):
+                        if not urgent:
+                            self._way.give()
+                        self._store.read(extent, chunk, offset=at)
+                if not urgent:
+                    self._give_way(lane)
                 with self._streams.on(lane, back_to):
                     self._claim(data, lane, current)
                     copy_in(as_bytes(data.data), parts)
                     copied = self._streams.fence(lane)
+                if urgent:
+                    self._go_first(copied)
                 if block is None:
                     copied.wait()
                 else:
@@ -192,9 +206,16 @@ class DiskTransport(Accelerator):
 
         return read
 
+    def _urgent_lane(self) -> WorkerLane:
+        if self._urgent_reader is None:
+            self._reader.check_process()
+            self._urgent_reader = WorkerLane("lighterage-disk-urgent")
+        return self._urgent_reader
+
     def close(self) -> None:
         self._writer.close()
         self._reader.close()
-        self._streams.outbound.synchronize()
-        self._streams.inbound.synchronize()
+        if self._urgent_reader is not None:
+            self._urgent_reader.close()
+        self._synchronize_lanes()
         self._buried.clear()

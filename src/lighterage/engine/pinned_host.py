@@ -9,10 +9,10 @@ import torch
 
 from ..errors import OffloadError
 from .accelerator import Accelerator, copy_in, copy_out
-from .arena import Arena, Block
+from .arena import Arena, Block, slice_parts
 from .captures import Tenure
 from .cuda import copy_batches
-from .lanes import FINISHED, Fence, Resting, Source
+from .lanes import FINISHED, Fence, Resting, Source, in_chunks
 from .streams import await_on
 from .views import as_bytes, byte_view
 
@@ -56,7 +56,7 @@ class _RestedInHost:
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
         """uint8 tensors over the bytes, in order."""
-        return _slice(self.shared.block.parts, self._at, self._at + self.nbytes)
+        return slice_parts(self.shared.block.parts, self._at, self._at + self.nbytes)
 
     @property
     def pieces(self) -> list[tuple[int, int]]:
@@ -78,18 +78,6 @@ class _RestedInHost:
 def _overlaps(data: torch.Tensor, others: Sequence[tuple[object, torch.Tensor]]) -> bool:
     lo, hi = data.data_ptr(), data.data_ptr() + data.nbytes
     return any(lo < other.data_ptr() + other.nbytes and other.data_ptr() < hi for _, other in others)
-
-
-def _slice(parts: tuple[torch.Tensor, ...], lo: int, hi: int) -> tuple[torch.Tensor, ...]:
-    if len(parts) == 1:
-        return parts if hi - lo == parts[0].numel() else (parts[0][lo:hi],)
-    cut = []
-    for part in parts:
-        size = part.numel()
-        if lo < size and hi > 0:
-            cut.append(part[max(0, lo) : min(size, hi)])
-        lo, hi = lo - size, hi - size
-    return tuple(cut)
 
 
 class HostTransport(Accelerator):
@@ -135,6 +123,8 @@ class HostTransport(Accelerator):
             streams = self._streams
             lane, current = streams.outbound, streams.current()
             streams.after(current, lane)
+            if self._goes_first and tenure is None:
+                self._give_way(lane)
             rooms = {one.shared: None for one, _ in work}
             for shared in rooms:
                 if tenure is not None:
@@ -194,14 +184,19 @@ class HostTransport(Accelerator):
 
     # --- back -----------------------------------------------------------------------------------------------------
 
-    def restore(self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]]) -> list[Fence]:
+    def restore(
+        self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]], *, urgent: bool = False
+    ) -> list[Fence]:
         streams = self._streams
-        lane, current = streams.inbound, streams.current()
         tenure = self._tenure()
+        urgent = urgent and tenure is None
+        lane, current = streams.urgent if urgent else streams.inbound, streams.current()
         if tenure is not None:
             for resting, _ in (one for batch in batches for one in batch):
                 tenure.hold(resting.shared)  # type: ignore[attr-defined]
         streams.after(current, lane)
+        if self._goes_first and not urgent and tenure is None:
+            self._give_way(lane)
         fences: list[Fence] = []
         gathered: list[tuple[_RestedInHost, torch.Tensor]] = []
         several: list[list[tuple[_RestedInHost, torch.Tensor]]] = []
@@ -220,6 +215,8 @@ class HostTransport(Accelerator):
                     several.append(gathered)
                     fences.extend([self._copy_in(several, lane, current)] * num_batches)
                     gathered, several, nbytes, num_batches = [], [], 0, 0
+        if urgent and fences:
+            self._go_first(fences[-1])
         return fences
 
     def _copy_in(
@@ -254,7 +251,7 @@ class HostTransport(Accelerator):
         if self._batches is not None and len(there) == len(work):
             to = [data.data_ptr() for _, data in work]
             sizes = [one.nbytes for one, _ in work]
-            if self._batches.copy(to, there, sizes, self._streams.key()):
+            if self._batches.copy(*in_chunks(to, there, sizes), self._streams.key()):
                 return
         for one, data in work:
             copy_in(as_bytes(data.data), one.parts)
@@ -269,6 +266,5 @@ class HostTransport(Accelerator):
             )
 
     def close(self) -> None:
-        self._streams.outbound.synchronize()
-        self._streams.inbound.synchronize()
+        self._synchronize_lanes()
         self._buried.clear()

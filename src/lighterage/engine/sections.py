@@ -39,7 +39,7 @@ class SectionCall:
 class Owner(Protocol):
     """Whoever opened a section."""
 
-    def visit(self, section: Section) -> None:
+    def visit(self, section: Section, asked: Allocation | None = None) -> None:
         """Backward has come to `section`."""
         ...
 
@@ -96,9 +96,9 @@ class Section:
         self.allocations: dict[int, weakref.ref[Allocation]] = {}
         self.undecided: list[weakref.ref[Allocation]] = []
 
-    def visit(self) -> None:
-        """Backward has come to this section."""
-        self.owner.visit(self)
+    def visit(self, asked: Allocation | None = None) -> None:
+        """Backward has come to this section, and asks for `asked` first."""
+        self.owner.visit(self, asked)
 
     def enter(self, allocation: Allocation) -> None:
         """Count `allocation` among what this section saved."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from .. import background
 from ..errors import OffloadError
 from ..planner.plan import Plan
+from .allocation import Allocation
 from .backward_order import BackwardOrder
 from .lanes import Wait
 from .ledger import Ledger
@@ -174,7 +175,7 @@ class Steps:
 
     # --- backward -------------------------------------------------------------------------------------------------
 
-    def visit(self, section: Section) -> None:
+    def visit(self, section: Section, asked: Allocation | None = None) -> None:
         """Backward has come to `section`: bring back what it saved, and start on what comes next."""
         with self._lock:
             if section.visited or section.index is None or section.open:
@@ -202,7 +203,7 @@ class Steps:
                     wanted -= not upcoming.gap
                     if not wanted:
                         break
-            self._traffic.come_back_for(section, ahead)
+            self._traffic.come_back_for(section, ahead, asked)
             if self._auto is not None and measures:
                 self._auto.events.reloaded()
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
-from .arena import Arena, Block
+from .arena import Arena, Block, slice_parts
 from .cpu import CpuTransport, Room
 from .cuda import CudaPinner
 from .disk import DiskStore
@@ -32,15 +32,18 @@ class _ArenaStore:
     def acquire(self, nbytes: int) -> Room | None:
         return self._arena.acquire(nbytes)
 
-    def write(self, room: Room, data: torch.Tensor) -> None:
-        assert isinstance(room, Block)
-        for part, piece in zip(room.parts, data.split([p.numel() for p in room.parts]), strict=True):
+    def write(self, room: Room, data: torch.Tensor, offset: int = 0) -> None:
+        for part, piece in self._pairs(room, data, offset):
             part.copy_(piece)
 
-    def read(self, room: Room, data: torch.Tensor) -> None:
-        assert isinstance(room, Block)
-        for part, piece in zip(room.parts, data.split([p.numel() for p in room.parts]), strict=True):
+    def read(self, room: Room, data: torch.Tensor, offset: int = 0) -> None:
+        for part, piece in self._pairs(room, data, offset):
             piece.copy_(part)
+
+    def _pairs(self, room: Room, data: torch.Tensor, offset: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+        assert isinstance(room, Block)
+        parts = slice_parts(room.parts, offset, offset + data.numel())
+        return zip(parts, data.split([part.numel() for part in parts]), strict=True)
 
 
 class Stores:

@@ -20,6 +20,7 @@ class Streams:
         self.device = device
         self.outbound = torch.Stream(device)
         self.inbound = torch.Stream(device)
+        self._urgent: torch.Stream | None = None
         self.before_copies = before_copies
         self.events: list[torch.Event] = []
         self.key: Callable[[], int] = (
@@ -34,6 +35,23 @@ class Streams:
         """Whether a graph is captured on the calling thread's stream."""
         driver = graph_driver() if device.type == "cuda" else None
         self._captures = None if driver is None else Captures(driver)
+
+    @property
+    def urgent(self) -> torch.Stream:
+        """The lane of reloads that backward waits for; made when it is first used.
+
+        Its priority does not reach copies on today's CUDA devices, where queues of one priority take turns copy by
+        copy; it costs nothing where it does.
+        """
+        if self._urgent is None:
+            self._urgent = torch.Stream(self.device, priority=-1)
+        return self._urgent
+
+    @property
+    def lanes(self) -> tuple[torch.Stream, ...]:
+        """Those that there are."""
+        lanes = (self.outbound, self.inbound)
+        return lanes if self._urgent is None else (*lanes, self._urgent)
 
     def current(self) -> torch.Stream:
         """The stream that the calling thread issues work on."""

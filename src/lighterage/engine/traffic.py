@@ -70,6 +70,8 @@ class Traffic:
         self._gathered_by: Transport | None = None
         self.still_alive = StillAlive()
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
+        self._num_urgent = 0
+        """So many at the head of the queue are of the section that backward is in."""
         self._unused = Unused()
         self._window = 0
         self._refill_at = 0.0
@@ -248,17 +250,22 @@ class Traffic:
 
     # --- back -----------------------------------------------------------------------------------------------------
 
-    def come_back_for(self, section: Section, upcoming: Sequence[Section]) -> None:
-        """Backward has come to `section`, and `upcoming` are expected next.
+    def come_back_for(self, section: Section, upcoming: Sequence[Section], asked: Allocation | None = None) -> None:
+        """Backward has come to `section`, where it asks for `asked`, and `upcoming` are expected next.
 
         What they saved is queued in the order of need, and started as far as the window allows: no more bytes wait on
         the device unused than `upcoming` saved. So a section's bytes come in while those before it are used up, and
-        their memory becomes free. With nothing upcoming, `section` itself comes back at once.
+        their memory becomes free. With nothing upcoming, `section` itself comes back at once. What of `section` is away
+        by now was not expected so soon, and is urgent: see Note [Urgent reloads].
         """
         away = _away(section)
+        if len(away) > 1 and asked in away:
+            away.remove(asked)
+            away.insert(0, asked)
         if not upcoming:
             self._queue.clear()
-            self._bring_back(away)
+            self._num_urgent = 0
+            self._bring_back(away, urgent=True)
             return
         nbytes = sum([a.nbytes for a in away])
         later: list[Allocation] = []
@@ -270,12 +277,14 @@ class Traffic:
         # Two sections may have saved one allocation: it comes back once.
         wanted = dict.fromkeys([*away, *later])
         self._queue = collections.deque([weakref.ref(allocation) for allocation in wanted])
+        self._num_urgent = len(away)
         self._pump()
 
     def _pump(self) -> None:
         queue, window, unused = self._queue, self._window, self._unused.nbytes
         if unused > self._refill_at:
             return
+        urgent: list[Allocation] = []
         next_ones: list[Allocation] = []
         while queue:
             allocation = queue[0]()
@@ -284,8 +293,12 @@ class Traffic:
                 unused += nbytes
                 if unused > window and unused > nbytes:
                     break
-                next_ones.append(allocation)
+                (urgent if self._num_urgent else next_ones).append(allocation)
             queue.popleft()
+            if self._num_urgent:
+                self._num_urgent -= 1
+        if urgent:
+            self._bring_back(urgent, urgent=True)
         self._bring_back(next_ones)
 
     def fetch(self, allocations: Sequence[Allocation]) -> None:
@@ -298,10 +311,10 @@ class Traffic:
         """Start bringing back what `section` saved, what it saved last first."""
         self._bring_back(_away(section))
 
-    def _bring_back(self, away: list[Allocation]) -> None:
+    def _bring_back(self, away: list[Allocation], *, urgent: bool = False) -> None:
         if torch.is_inference_mode_enabled():
             with torch.inference_mode(False):
-                self._bring_back(away)
+                self._bring_back(away, urgent=urgent)
             return
         transports = {allocation.transport for allocation in away}
         for transport in transports:
@@ -310,7 +323,7 @@ class Traffic:
             with torch._C._DisableTorchDispatch():
                 stream = transport.stream_key()
                 batches = [allocation.room(stream) for allocation in group]
-                fences = transport.restore(batches)
+                fences = transport.restore(batches, urgent=urgent)
             for allocation, batch, fence in zip(group, batches, fences, strict=True):
                 row = allocation.row
                 if allocation.storage_ref is not None and allocation.still_alive:
@@ -333,7 +346,7 @@ class Traffic:
                 if allocation.stage is _BACK and allocation.back_in != context:
                     allocation.leave_again()
                 if allocation.stage is _AWAY:
-                    self._bring_back([allocation])
+                    self._bring_back([allocation], urgent=True)
                 elif allocation.stage is _HELD:
                     allocation.wanted = allocation.wanted or in_backward
                     allocation.join()

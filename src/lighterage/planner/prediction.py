@@ -43,7 +43,7 @@ class PhasePrediction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Copy:
-    """One copy on a lane."""
+    """One copy on a lane, or a part of one that gave way to an urgent reload."""
 
     section: int
     save: int

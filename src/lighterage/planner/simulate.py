@@ -31,7 +31,8 @@ def simulate(timeline: Timeline, plan: Plan, link: Link) -> Prediction:
     Each moved allocation is queued on the outbound lane where it is saved; its memory goes free at the end of the
     phase that the plan names, for which the compute stream waits for the copy. As a phase begins, its fetches take
     their memory and are queued on the inbound lane. A use waits until the bytes are there; what nobody has fetched is
-    allocated and queued there and then, before what waits. An allocation that has been read is not released.
+    allocated and queued there and then as urgent: it comes after the chunk in progress, and until it is through
+    copies out stop at the end of their chunk. An allocation that has been read is not released.
 
     Raises:
         ValueError: the plan is of another timeline: other sections, phases or saves.
@@ -143,19 +144,21 @@ def predict(timeline: Timeline, run: Run) -> Prediction:
     )
 
 
-def _copies(layout: Layout, records: list[tuple[int, float, float]] | None, on_demand: set[int]) -> tuple[Copy, ...]:
+def _copies(
+    layout: Layout, records: list[tuple[int, float, float, float]] | None, on_demand: set[int]
+) -> tuple[Copy, ...]:
     assert records is not None, "the run was recorded"
     items = layout.items
     return tuple(
         Copy(
             section=items[index].section,
             save=items[index].allocation.save,
-            nbytes=items[index].allocation.nbytes,
+            nbytes=round(nbytes),
             start_ms=start,
             end_ms=end,
             on_demand=index in on_demand,
         )
-        for index, start, end in records
+        for index, start, end, nbytes in records
     )
 
 

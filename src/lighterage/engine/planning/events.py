@@ -166,7 +166,8 @@ class Events:
         log = section.log if isinstance(section.log, SectionLog) else None
         self._repeatable.visited(section.orders, log)
         if log is not None and self._log is not None:
-            self._log.visited(log, section.orders.course.again_bytes if isinstance(section.orders, PlannedOrders) else 0)
+            orders = section.orders
+            self._log.visited(log, orders.course.again_bytes if isinstance(orders, PlannedOrders) else 0)
         if isinstance(section.orders, PlannedOrders) and self._run is not None:
             self._carry_out(*self._run.begins("backward", section.orders.course.index))
 
