@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 
 import lighterage
+from lighterage.engine import offloader as offloader_module
 from lighterage.engine.planning import agree
 from lighterage.planner.plan import Plan
-from lighterage.planner.timeline import Timeline
+from lighterage.planner.timeline import Link, Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
 
 Launch = Callable[[Callable[[int, int], None]], None]
@@ -42,6 +43,10 @@ def gathered(rank: int, num: int, value: str) -> list[str]:
 
 def work_of_equal_ranks(rank: int, num: int) -> None:
     torch.manual_seed(0)
+    # The link of one is a hundred times slower: planned for apart, the other would move more.
+    rate = 1e9 / 100**rank
+    link = Link(out_bytes_per_s=rate, in_bytes_per_s=rate, both_bytes_per_s=rate, name=f"of rank {rank}")
+    offloader_module.measure_link = lambda *_: link  # type: ignore[assignment]
     model = nn.Sequential(*[Slow(0.02 * rank) for _ in range(3)])
     plain = copy.deepcopy(model)
     rows = [torch.randn(64, WIDTH)]

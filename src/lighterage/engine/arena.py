@@ -15,14 +15,13 @@ from typing import Protocol
 import torch
 
 from .. import background
-from ..errors import OffloadError
 from . import host_memory, prefault
 from .captures import Tenure
 from .fenced_space import Claim, FencedSpace, Lease
+from .reservation import HUGE_PAGE, reserve
 from .units import MIB, format_bytes, round_up
 
 _PAGE = mmap.PAGESIZE
-_HUGE_PAGE = 2 * MIB
 _SMALL_NEED = MIB
 _SMALL_ARENA = 32 * MIB
 _AHEAD = 512 * MIB
@@ -50,9 +49,6 @@ _AT_ONCE = 128 * MIB
 
 _CLOSED = "the arena is closed"
 _NOT_READY = "host memory was still being made ready, and the device had room"
-
-# Linux's number; this Python's mmap module does not name it.
-_MAP_NORESERVE = 0x4000
 
 # Note [One range, many registrations]
 # An arena is one contiguous range of virtual memory, reserved when it is made and committed as it grows, so that
@@ -120,7 +116,7 @@ class Arena:
         if capacity is None:
             capacity = host_memory.total_bytes()
             capacity = capacity if budget is None else min(capacity, budget)
-        self._map, self._map_skip, self._memory = _reserve(max(round_up(capacity, _PAGE), _PAGE))
+        self._map, self._map_skip, self._memory = reserve(max(round_up(capacity, _PAGE), _PAGE))
         self._address = self._memory.data_ptr()
         self._limit = self._memory.numel() if budget is None else min(self._memory.numel(), budget)
         self._frontier: prefault.Frontier | None = None
@@ -378,29 +374,6 @@ def growth_step(needed: int, reserved: int, room: int) -> int:
     >>> growth_step(3 * MIB, 1024 * MIB, room=4096 * MIB) // MIB
     32
     """
-    page = _PAGE if needed < _SMALL_NEED and reserved < _SMALL_ARENA else _HUGE_PAGE
+    page = _PAGE if needed < _SMALL_NEED and reserved < _SMALL_ARENA else HUGE_PAGE
     end = round_up(reserved + max(needed, reserved // 32), page)
     return min(end - reserved, room)
-
-
-def _reserve(nbytes: int) -> tuple[mmap.mmap, int, torch.Tensor]:
-    """Virtual memory for `nbytes` bytes, or for as much as the system grants; nothing is committed yet.
-
-    Returns the map, the offset of its first huge page, and a uint8 tensor of the memory from there on.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (_MAP_NORESERVE if sys.platform == "linux" else 0)
-    while True:
-        try:
-            reserved = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=flags)
-            break
-        except OSError as error:  # strict overcommit, or a limit on address space
-            if nbytes <= _HUGE_PAGE:
-                raise OffloadError(
-                    f"an arena needs virtual memory; the system refused {format_bytes(nbytes)}: {error.strerror}. "
-                    "Raise the limit (ulimit -v), or use tier='disk'."
-                ) from error
-            nbytes = round_up(nbytes // 2, _PAGE)
-    with torch.inference_mode(False):  # an inference tensor could not be written outside of inference mode
-        whole = torch.frombuffer(reserved, dtype=torch.uint8)
-        skip = -whole.data_ptr() % _HUGE_PAGE
-        return reserved, skip, whole[skip : skip + nbytes]

@@ -4,41 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import time
 
 import torch
 
-from ...planner.timeline import Timeline
+from ...planner.timeline import Link, Timeline
 
 # Who does not answer for so long is planned without.
 PATIENCE_S = 10.0
 _LOOK_AGAIN_S = 0.02
 
 
-def agreed(timeline: Timeline) -> tuple[Timeline, int]:
-    """`timeline` with the most of what the ranks with the same sections measured, and how many ranks those are.
+def agreed(timeline: Timeline, link: Link) -> tuple[Timeline, Link, int]:
+    """`timeline` with the most of what the ranks with the same sections measured, their slowest link, and their number.
 
     The ranks' words go through the key-value store that the job was started with, whatever the backend: nothing for the
     device to do, and a rank without an offloader holds nobody up for more than `PATIENCE_S`.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return timeline, 1
+        return timeline, link, 1
     store = dist.distributed_c10d._get_default_store()
     world, rank = dist.get_world_size(), dist.get_rank()
     # How often this rank has come here is the job's to know: a count of the process would outlive its process group.
     prefix = f"lighterage/{store.add(f'lighterage/rounds/{rank}', 1)}"
-    store.set(f"{prefix}/{rank}", f"{_form(timeline)}\n{timeline.to_json()}")
+    store.set(f"{prefix}/{rank}", json.dumps([_form(timeline), timeline.to_json(), link.to_json()]))
     keys = [f"{prefix}/{other}" for other in range(world)]
     # Asked again and again: a call that waits would hold the store up for whoever else needs it.
     deadline = time.monotonic() + PATIENCE_S
     while not store.check(keys):
         if time.monotonic() > deadline:
-            return timeline, 1
+            return timeline, link, 1
         time.sleep(_LOOK_AGAIN_S)
-    said = [store.get(key).decode().split("\n", 1) for key in keys]
-    alike = [Timeline.from_json(text) for form, text in said if form == _form(timeline)]
-    return _most(alike), len(alike)
+    said = [json.loads(store.get(key)) for key in keys]
+    alike = [(Timeline.from_json(one), Link.from_json(other)) for form, one, other in said if form == _form(timeline)]
+    return _most([one for one, _ in alike]), _slowest([other for _, other in alike]), len(alike)
 
 
 def _form(timeline: Timeline) -> str:
@@ -50,6 +51,16 @@ def _form(timeline: Timeline) -> str:
         )
     )
     return hashlib.sha256(form.encode()).hexdigest()
+
+
+def _slowest(links: list[Link]) -> Link:
+    return dataclasses.replace(
+        links[0],
+        out_bytes_per_s=min(link.out_bytes_per_s for link in links),
+        in_bytes_per_s=min(link.in_bytes_per_s for link in links),
+        both_bytes_per_s=min(link.both_bytes_per_s for link in links),
+        copy_us=max(link.copy_us for link in links),
+    )
 
 
 def _most(timelines: list[Timeline]) -> Timeline:

@@ -56,7 +56,7 @@ class Planning:
         """Make it; `done` is set whatever comes of it."""
         try:
             if self._agree:
-                self.timeline, self.num_ranks = agreed(self.timeline)
+                self.timeline, self._link, self.num_ranks = agreed(self.timeline, self._link)
             start = time.perf_counter()
             with _giving_way():
                 self.plan = make_plan(self.timeline, self._link, self._goal)
