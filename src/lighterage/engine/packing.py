@@ -216,7 +216,11 @@ class Packer:
 
     def capture(self) -> int:
         """The graph that is captured on the calling thread's stream, or 0."""
-        return max((t.capture() for t in self.transports.values() if t is not None), default=0)
+        found = 0
+        for transport in self.transports.values():
+            if transport is not None:
+                found = max(found, transport.capture())
+        return found
 
     def forget_dead(self) -> None:
         """Drop the entries of allocations that are gone."""
