@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
 
 from .sections import Section
 
@@ -39,25 +40,30 @@ class BackwardOrder:
                 self.misses += 1
         self._visits.append(index)
 
-    def upcoming(self, index: int, live: dict[int, Section]) -> Iterator[Section]:
-        """The live, unvisited sections that backward is expected to come to after `index`, in order."""
+    def upcoming(self, index: int, live: Mapping[int, weakref.ref[Section]]) -> Iterator[Section]:
+        """The live, unvisited sections that backward is expected to come to after `index`, in order.
+
+        They are looked up one by one as the caller asks for the next: few are wanted, and a step may have many.
+        """
         self._expected = None
         for section in self._predict(index, live):
             if self._expected is None:
                 self._expected = section.index
             yield section
 
-    def _predict(self, index: int, live: dict[int, Section]) -> Iterator[Section]:
+    def _predict(self, index: int, live: Mapping[int, weakref.ref[Section]]) -> Iterator[Section]:
         position = self._last_position.get(index)
         if position is not None and self._fits(index):
-            for later in self._last_visits[position + 1 :]:
-                section = live.get(later)
-                if section is not None and not section.visited and self._fits(later):
-                    yield section
-            return
-        waiting = [s for i, s in sorted(live.items(), reverse=True) if not s.visited]
-        yield from (s for s in waiting if s.index is not None and s.index < index)
-        yield from (s for s in waiting if s.index is not None and s.index > index)
+            last = self._last_visits
+            guesses: Iterable[int] = (i for i in map(last.__getitem__, range(position + 1, len(last))) if self._fits(i))
+        else:
+            waiting = sorted(live, reverse=True)
+            guesses = [*(i for i in waiting if i < index), *(i for i in waiting if i > index)]
+        for guess in guesses:
+            ref = live.get(guess)
+            section = None if ref is None else ref()
+            if section is not None and not section.visited:
+                yield section
 
     def _fits(self, index: int) -> bool:
         last = self._last_names

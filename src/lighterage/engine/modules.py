@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -103,6 +104,14 @@ def _numbered(members: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
     return [(f"{type(member).__name__}.{index}", member) for index, member in enumerate(members)]
 
 
+class _Owner(NamedTuple):
+    """Whose a storage is."""
+
+    ref: weakref.ref[torch.Tensor]
+    reason: str
+    device: torch.device
+
+
 class Residents:
     """Memory of parameters and registered buffers: never moved, nor what autocast made of it.
 
@@ -112,34 +121,41 @@ class Residents:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self._modules = [weakref.ref(module) for module in modules]
-        self.owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
+        self.owners: dict[int, _Owner] = {}
         self.accelerators: set[torch.device] = set()
         """The accelerators that some of the memory is on: if there are any, CPU tensors are on the host already."""
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the modules' parameters and buffers again."""
-        owners: dict[int, tuple[weakref.ref[torch.Tensor], str]] = {}
-        accelerators: set[torch.device] = set()
-        for ref in self._modules:
-            module = ref()
-            if module is None:
-                continue
-            for reason, tensors in (("parameter", module.parameters()), ("buffer", module.buffers())):
-                for tensor in tensors:
+        """Read the modules' parameters and buffers again. What is as it was is looked at and no more."""
+        known, owners = self.owners, {}
+        parts = list(_parts(self._modules))
+        for reason, all_tensors in (
+            ("parameter", [part._parameters for part in parts]),
+            ("buffer", [part._buffers for part in parts]),
+        ):
+            for tensors in all_tensors:
+                for tensor in tensors.values():
+                    if tensor is None:
+                        continue
+                    if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
+                        key = tensor.untyped_storage()._cdata
+                        owner = known.get(key)
+                        if owner is not None and owner.ref() is tensor:
+                            owners[key] = owner
+                            continue
                     for plain in _plain(tensor):
-                        if plain.device.type not in ("cpu", "meta"):
-                            accelerators.add(plain.device)
-                        owners[plain.untyped_storage()._cdata] = (weakref.ref(plain), reason)
-        self.owners, self.accelerators = owners, accelerators
+                        owners[plain.untyped_storage()._cdata] = _Owner(weakref.ref(plain), reason, plain.device)
+        self.owners = owners
+        self.accelerators = {device for device in {owner.device for owner in owners.values()} if device.type != "cpu"}
 
     def reason(self, key: int, tensor: torch.Tensor) -> str | None:
         """Why the storage with the id `key` stays, if it does; `tensor` is the saved tensor or the base of its view."""
         known = self.owners.get(key)
         if known is not None:
-            owner = known[0]()
+            owner = known.ref()
             if owner is not None and owner.untyped_storage()._cdata == key:
-                return known[1]
+                return known.reason
         if tensor.requires_grad:
             node = tensor.grad_fn
             if node is not None and type(node).__name__ == CAST:
@@ -147,6 +163,19 @@ class Residents:
                 if isinstance(getattr(source, "variable", None), nn.Parameter):
                     return "cast of a parameter"
         return None
+
+
+def _parts(modules: Iterable[weakref.ref[nn.Module]]) -> Iterator[nn.Module]:
+    """All modules and the modules inside them, each once. `Module.modules` builds a name for each, which takes time."""
+    waiting = [module for ref in modules if (module := ref()) is not None]
+    seen = set(map(id, waiting))
+    while waiting:
+        part = waiting.pop()
+        yield part
+        for child in part._modules.values():
+            if child is not None and id(child) not in seen:
+                seen.add(id(child))
+                waiting.append(child)
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:

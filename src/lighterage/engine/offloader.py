@@ -115,7 +115,7 @@ class Offloader:
             raise ValueError(f'plan is "policy", "manual" or "keep"; got {plan!r}.')
         if self._closed:
             raise OffloadError(f"section({name!r}) came after close(). Make a new offloader with lighterage.offload.")
-        return Unseen(self._opener.scope(name, None, plan), f"offloader.section({name!r})")
+        return Unseen(self._opener.scope(name, plan), f"offloader.section({name!r})")
 
     @property
     def sections(self) -> list[LiveSection]:

@@ -6,16 +6,18 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
 from .handles import unpack
+from .hooks import Runner
 from .ledger import Ledger
 from .modules import SectionModules
 from .planning import Autoplan
 from .policy import Policy
-from .scopes import BetweenSections, Pack, Recorder, entered, why_stand_aside
+from .scopes import BetweenSections, Pack, Recorder, enter, leave, why_stand_aside
 from .sections import KEEP_LAST, KEEP_SECTION, LiveSection, Section, SectionCall
 from .steps import Steps
 
@@ -25,6 +27,9 @@ WATCH_MEMORY_STEPS = 3
 
 SectionPlan = Literal["policy", "manual", "keep"]
 """Who decides what moves of one section: the policy, calls of `evict` and `release`, or nobody: all of it stays."""
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class _Threads(threading.local):
@@ -57,46 +62,14 @@ class Opener:
 
     def around_module(
         self, name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
-    ) -> contextlib.AbstractContextManager[LiveSection | None]:
+    ) -> SectionScope:
         """The scope of one call of the module `name`, at `position` among the sections."""
-        return self.scope(name, position, "policy", SectionCall(args, kwargs, compiled))
+        call = None if self._auto is None else SectionCall(args, kwargs, compiled)
+        return SectionScope(self, name, position, "policy", call)
 
-    @contextlib.contextmanager
-    def scope(
-        self,
-        name: str,
-        position: int | None,
-        plan: SectionPlan = "policy",
-        call: SectionCall | None = None,
-    ) -> Iterator[LiveSection | None]:
-        """The scope of a section; entering gives the section, or None where it stands aside."""
-        reason = self._why_stand_aside()
-        if reason is not None:
-            self._stand_aside(name, position, reason)
-            yield None
-            return
-        if self._threads.between:
-            self._threads.between[-1].end_stretch(position)
-        keep_reason = (
-            KEEP_SECTION if plan == "keep" else self._steps.why_kept(name, position) if plan == "policy" else None
-        )
-        section, around = self._open_section(name, keep_reason, by_hand=plan == "manual", call=call)
-        del call
-        before = self._device_bytes()
-        live = LiveSection(section)
-        pack = self.pack_of(section)
-        if self._auto is not None:
-            live.runner = self._auto.events.runner_of(section, pack)
-        recorder = Recorder(pack, section)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(recorder, unpack), entered(recorder), around:
-                yield live
-        except BaseException:
-            with self._lock:
-                self._steps.abandon(section)
-            raise
-        self._note_growth(section, before)
-        self._steps.close_section(section)
+    def scope(self, name: str, plan: SectionPlan) -> SectionScope:
+        """The scope of code that was given a name."""
+        return SectionScope(self, name, None, plan, None)
 
     @contextlib.contextmanager
     def around_root(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> Iterator[None]:
@@ -113,10 +86,12 @@ class Opener:
                 self._steps.may_begin(self._threads.between)
         between = BetweenSections(self)
         self._threads.between.append(between)
+        enter(between)
         try:
-            with torch.autograd.graph.saved_tensors_hooks(between, unpack), entered(between):
+            with torch.autograd.graph.saved_tensors_hooks(between, unpack):
                 yield
         finally:
+            leave(between)
             self._threads.between.remove(between)
             between.end_stretch()
 
@@ -141,6 +116,24 @@ class Opener:
 
     # --- sections -------------------------------------------------------------------------------------------------
 
+    def open(
+        self, name: str, position: int | None, plan: SectionPlan, call: SectionCall | None
+    ) -> tuple[Section, contextlib.AbstractContextManager[object]] | None:
+        """A section that begins now, and what its forward has to run in; None where it stands aside."""
+        reason = self._why_stand_aside()
+        if reason is not None:
+            self._stand_aside(name, position, reason)
+            return None
+        between = self._threads.between
+        if between:
+            between[-1].end_stretch(position)
+        keep_reason = None
+        if plan == "policy":
+            keep_reason = self._steps.why_kept(name, position)
+        elif plan == "keep":
+            keep_reason = KEEP_SECTION
+        return self._open_section(name, keep_reason, by_hand=plan == "manual", call=call)
+
     def open_gap(self, position: int) -> Section:
         """A section for what is saved after the section at `position` has ended, up to the next one."""
         sections = self._modules.sections
@@ -160,7 +153,7 @@ class Opener:
         call: SectionCall | None = None,
     ) -> tuple[Section, contextlib.AbstractContextManager[object]]:
         """A section, and what its forward has to run in."""
-        around: contextlib.AbstractContextManager[object] = contextlib.nullcontext()
+        around: contextlib.AbstractContextManager[object] = _NOTHING
         with self._lock:
             self._steps.tidy()
             self._steps.may_begin(self._threads.between)
@@ -170,24 +163,118 @@ class Opener:
                 around = self._auto.events.opened(section, call)
             return section, around
 
+    def runner_of(self, section: Section, pack: Pack) -> Runner | None:
+        """How the section's call is to be made; None: as ever."""
+        return None if self._auto is None else self._auto.events.runner_of(section, pack)
+
     def pack_of(self, section: Section) -> Pack:
         """What packs the saves of `section`."""
         pack = self._steps.packer.pack
         return pack if self._auto is None else self._auto.events.pack_of(section, pack)
 
     def close_section(self, section: Section) -> None:
-        """A stretch between two sections has ended."""
+        """The section's forward, or a stretch between two sections, has ended."""
         self._steps.close_section(section)
+
+    def abandon(self, section: Section) -> None:
+        """An exception ended the section."""
+        with self._lock:
+            self._steps.abandon(section)
 
     # --- memory ---------------------------------------------------------------------------------------------------
 
-    def _device_bytes(self) -> int | None:
+    def device_bytes(self) -> int | None:
+        """What is allocated on the devices now; None where no allocator tells, or where it is no longer asked."""
         if self._ledger.num_steps >= WATCH_MEMORY_STEPS:
             return None
         known = [t.device_bytes() for t in self._steps.packer.transports.values() if t is not None]
         return sum(b for b in known if b is not None) if known and None not in known else None
 
-    def _note_growth(self, section: Section, before: int | None) -> None:
-        after = None if before is None else self._device_bytes()
-        if before is not None and after is not None:
+    def note_growth(self, section: Section, before: int) -> None:
+        """A section has ended that began with `before` bytes on the devices: what it took beyond what it saved."""
+        after = self.device_bytes()
+        if after is not None:
             section.row.unseen_bytes = max(0, after - before - section.row.unique_bytes)
+
+
+_Running = tuple[
+    Section,
+    contextlib.AbstractContextManager[object],
+    Recorder,
+    torch.autograd.graph.saved_tensors_hooks,
+    int | None,
+]
+
+
+class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
+    """Around what one section runs; entered once. Entering gives the section, or None where it stands aside.
+
+    A class, not a generator: of what a section costs the host, the frames of nested context managers were a sixth.
+    """
+
+    __slots__ = ("_call", "_name", "_opener", "_plan", "_position", "_running")
+
+    def __init__(
+        self, opener: Opener, name: str, position: int | None, plan: SectionPlan, call: SectionCall | None
+    ) -> None:
+        self._opener = opener
+        self._name = name
+        self._position = position
+        self._plan = plan
+        self._call = call
+        self._running: _Running | None = None
+
+    def __enter__(self) -> LiveSection | None:
+        opener = self._opener
+        # What it was called with is not held while it runs.
+        call, self._call = self._call, None
+        opened = opener.open(self._name, self._position, self._plan, call)
+        if opened is None:
+            return None
+        section, around = opened
+        before = opener.device_bytes()
+        live = LiveSection(section)
+        pack = opener.pack_of(section)
+        live.runner = opener.runner_of(section, pack)
+        recorder = Recorder(pack, section)
+        hooks = torch.autograd.graph.saved_tensors_hooks(recorder, unpack)
+        try:
+            hooks.__enter__()
+            enter(recorder)
+            try:
+                around.__enter__()
+            except BaseException:
+                leave(recorder)
+                hooks.__exit__()
+                raise
+        except BaseException:
+            opener.abandon(section)
+            raise
+        self._running = section, around, recorder, hooks, before
+        return live
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        running, opener = self._running, self._opener
+        if running is None:
+            return
+        # Whoever keeps this object keeps nothing of the section.
+        self._running = None
+        section, around, recorder, hooks, before = running
+        del running
+        try:
+            try:
+                around.__exit__(kind, error, traceback)
+            finally:
+                leave(recorder)
+                hooks.__exit__()
+        except BaseException:
+            opener.abandon(section)
+            raise
+        if kind is not None:
+            opener.abandon(section)
+            return
+        if before is not None:
+            opener.note_growth(section, before)
+        opener.close_section(section)

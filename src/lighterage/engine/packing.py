@@ -86,6 +86,14 @@ class Packer:
         transport = self.transports.get(device) or self._open_transport(device)
         mark = mark_of(key) if any_marks() else None
         reason = self._why_kept(tensor, base, section, key, transport, mark, nbytes)
+        orders = section.orders
+        is_first = key not in self._allocations
+        if is_first:
+            # Most often nothing of it was saved before; then what stays is settled without the lock.
+            if reason is None and orders is not None:
+                reason = orders.why_kept(row.saves, nbytes)
+            if reason is not None or transport is None:
+                return self._keep(tensor, section, key, nbytes, reason or "on another device")
         capture = 0 if transport is None else transport.capture()
         with self._lock:
             known = self._allocations.get(key)
@@ -99,8 +107,8 @@ class Packer:
                     allocation.keep(reason, storage)
                 else:
                     reason = allocation.kept
-            elif reason is None and section.orders is not None:
-                reason = section.orders.why_kept(row.saves, nbytes)
+            elif reason is None and orders is not None and not is_first:
+                reason = orders.why_kept(row.saves, nbytes)
             if reason is not None or transport is None:
                 return self._keep(tensor, section, key, nbytes, reason or "on another device")
             alias = emptied_alias(tensor)
@@ -112,8 +120,8 @@ class Packer:
                     transport, storage, key, storage_bytes, address, alias, version, row, spec, capture
                 )
                 self._allocations[key] = section.allocations[id(allocation)] = weakref.ref(allocation)
-                if section.orders is not None:
-                    section.orders.took(row.saves, allocation)
+                if orders is not None:
+                    orders.took(row.saves, allocation)
                 fresh = hi - lo
             else:
                 section.enter(allocation)
@@ -216,7 +224,11 @@ class Packer:
 
     def capture(self) -> int:
         """The graph that is captured on the calling thread's stream, or 0."""
-        return max((t.capture() for t in self.transports.values() if t is not None), default=0)
+        found = 0
+        for transport in self.transports.values():
+            if transport is not None:
+                found = max(found, transport.capture())
+        return found
 
     def forget_dead(self) -> None:
         """Drop the entries of allocations that are gone."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
@@ -58,14 +57,14 @@ class _Entered(threading.local):
 _entered = _Entered()
 
 
-@contextlib.contextmanager
-def entered(scope: Recorder | BetweenSections) -> Iterator[None]:
+def enter(scope: Recorder | BetweenSections) -> None:
     """Count `scope` among those that the calling thread is inside of."""
     _entered.stack.append(scope)
-    try:
-        yield
-    finally:
-        _entered.stack.remove(scope)
+
+
+def leave(scope: Recorder | BetweenSections) -> None:
+    """The calling thread is inside of `scope` no more."""
+    _entered.stack.remove(scope)
 
 
 def innermost() -> Recorder | BetweenSections | None:

@@ -21,7 +21,7 @@ KEEP_SECTION = 'plan="keep"'
 """The reason for which a section stays that was opened so."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True, eq=False)
 class SectionCall:
     """What a section's module is called with."""
 

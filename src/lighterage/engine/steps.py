@@ -193,8 +193,7 @@ class Steps:
             measures = self._auto is not None and self._auto.events.measures
             wanted = 0 if measures else self._policy.prefetch_ahead
             if wanted:
-                live = {index: s for index, ref in self._live.items() if (s := ref()) is not None}
-                for upcoming in self.order.upcoming(section.index, live):
+                for upcoming in self.order.upcoming(section.index, self._live):
                     if upcoming.orders is not None:
                         continue
                     if upcoming.capture != section.capture:

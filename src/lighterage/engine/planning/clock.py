@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 
@@ -74,12 +74,22 @@ class Gauge:
         self.device = device
         self._known = device.type not in ("cpu", "meta")
 
+    def _allocated(self, which: Literal["current", "peak"]) -> int | None:
+        if not self._known:
+            return None
+        if not torch._C._accelerator_isAllocatorInitialized():
+            return 0
+        given: int | None = self.device.index
+        index = torch.accelerator.current_device_index() if given is None else given
+        # What is public, `torch.accelerator.memory_allocated`, flattens and sorts some hundred figures to give one.
+        return int(torch._C._accelerator_getDeviceStats(index)["allocated_bytes"]["all"][which])
+
     def now(self) -> int | None:
-        return int(torch.accelerator.memory_allocated(self.device)) if self._known else None
+        return self._allocated("current")
 
     def peak(self) -> int | None:
         """The most since `start`."""
-        return int(torch.accelerator.max_memory_allocated(self.device)) if self._known else None
+        return self._allocated("peak")
 
     def start(self) -> None:
         if self._known:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 
 from ...planner.layout import is_saved
@@ -66,8 +67,8 @@ class Course:
             here = self.phase_of.get(("forward", index), 0)
             for due, saves in _by_phase({move.save: here + max(0, move.release_after) for move in section.moves}):
                 self.due.setdefault(due, []).append((index, saves))
-        self.fetches: dict[int, tuple[Fetch, ...]] = {number: row for number, row in enumerate(plan.fetches) if row}
-        """By phase: the reloads that start as it begins, the most urgent first."""
+        self.fetches = {number: _by_section(row) for number, row in enumerate(plan.fetches) if row}
+        """By phase: of which sections which saves come back as it begins, the most urgent first."""
 
 
 def _by_phase(due: dict[int, int]) -> list[tuple[int, list[int]]]:
@@ -75,3 +76,9 @@ def _by_phase(due: dict[int, int]) -> list[tuple[int, list[int]]]:
     for save, phase in due.items():
         found.setdefault(phase, []).append(save)
     return list(found.items())
+
+
+def _by_section(row: tuple[Fetch, ...]) -> list[tuple[int, list[int]]]:
+    """Reloads in the same order, those of one section that follow each other together."""
+    groups = itertools.groupby(row, key=lambda fetch: fetch.section)
+    return [(section, [fetch.save for fetch in group]) for section, group in groups]

@@ -177,8 +177,7 @@ class Events:
                 for orders, saves in release:
                     section = orders.section
                     if section is not None:
-                        leaving = [allocation for save in saves for allocation in orders.allocations(save)]
-                        self._traffic.release_some(section, leaving)
+                        self._traffic.release_some(section, orders.allocations(saves))
             finally:
                 if back:
                     self._traffic.fetch(back)

@@ -55,9 +55,16 @@ class PlannedOrders(Orders):
         given, inputs = save - 1 - saves_before_inputs(), self.course.recipe.inputs
         return (inputs[given] if 0 <= given < len(inputs) else None) or 0
 
-    def allocations(self, save: int) -> list[Allocation]:
-        """What save number `save` of the plan has brought and is alive."""
-        return [a for ref in self._taken.get(save, ()) if (a := ref()) is not None]
+    def allocations(self, saves: list[int]) -> list[Allocation]:
+        """What these saves of the plan have brought and is alive."""
+        taken = self._taken
+        found: list[Allocation] = []
+        for save in saves:
+            for ref in taken.get(save, ()):
+                allocation = ref()
+                if allocation is not None:
+                    found.append(allocation)
+        return found
 
     @property
     def section(self) -> Section | None:
@@ -162,7 +169,7 @@ class Run:
         if fetches is None or phase in self._fetched:
             return
         self._fetched.add(phase)
-        for fetch in fetches:
-            orders = self._orders.get(fetch.section)
+        for index, saves in fetches:
+            orders = self._orders.get(index)
             if orders is not None:
-                back += orders.allocations(fetch.save)
+                back += orders.allocations(saves)
