@@ -200,3 +200,17 @@ def test_an_extent_is_written_again_only_after_an_urgent_reload_has_read_it(
     slow.gate.is_open.set()
     second.written.wait()  # type: ignore[attr-defined]
     assert urgent.done() and torch.equal(back, old)
+
+
+def test_close_finishes_what_is_urgent(transport: DiskTransport, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = Slow(monkeypatch, "lighterage-disk-urgent", 0)
+    data, back = noise(100), torch.zeros(100, dtype=torch.uint8)
+    one = rest(transport, data)
+    (urgent,) = transport.restore([[(one, back)]], urgent=True)
+    closer = threading.Thread(target=transport.close)
+    closer.start()
+    closer.join(0.03)
+    assert closer.is_alive()
+    slow.gate.is_open.set()
+    closer.join(10)
+    assert not closer.is_alive() and urgent.done() and torch.equal(back, data)

@@ -177,14 +177,17 @@ class Transport(Protocol):
         ...
 
 
-def chunks_of(parts: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
+def chunks_of(parts: Sequence[torch.Tensor]) -> Iterable[tuple[int, torch.Tensor]]:
     """The bytes of uint8 tensors that follow one another, in chunks, each within one of them, and where it starts.
 
     A chunk ends at each multiple of `CHUNK_BYTES` at the latest, so those of a write are also those of a read.
     """
     if len(parts) == 1 and parts[0].numel() <= CHUNK_BYTES:
-        yield 0, parts[0]
-        return
+        return ((0, parts[0]),)
+    return _cut(parts)
+
+
+def _cut(parts: Sequence[torch.Tensor]) -> Iterator[tuple[int, torch.Tensor]]:
     start = 0
     for part in parts:
         size, lo = part.numel(), 0

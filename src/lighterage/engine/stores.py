@@ -33,17 +33,21 @@ class _ArenaStore:
         return self._arena.acquire(nbytes)
 
     def write(self, room: Room, data: torch.Tensor, offset: int = 0) -> None:
-        for part, piece in self._pairs(room, data, offset):
+        for part, piece in _pairs(room, data, offset):
             part.copy_(piece)
 
     def read(self, room: Room, data: torch.Tensor, offset: int = 0) -> None:
-        for part, piece in self._pairs(room, data, offset):
+        for part, piece in _pairs(room, data, offset):
             piece.copy_(part)
 
-    def _pairs(self, room: Room, data: torch.Tensor, offset: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-        assert isinstance(room, Block)
-        parts = slice_parts(room.parts, offset, offset + data.numel())
-        return zip(parts, data.split([part.numel() for part in parts]), strict=True)
+
+def _pairs(room: Room, data: torch.Tensor, offset: int) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """What of a block's parts belongs to which bytes of `data`, which lie at its byte `offset`."""
+    assert isinstance(room, Block)
+    parts = slice_parts(room.parts, offset, offset + data.numel())
+    if len(parts) == 1:
+        return ((parts[0], data),)
+    return zip(parts, data.split([part.numel() for part in parts]), strict=True)
 
 
 class Stores:

@@ -40,8 +40,8 @@ class Streams:
     def urgent(self) -> torch.Stream:
         """The lane of reloads that backward waits for; made when it is first used.
 
-        Its priority does not reach copies on today's CUDA devices, where queues of one priority take turns copy by
-        copy; it costs nothing where it does.
+        CUDA documents that a stream's priority has no effect on copies to and from the host. What lets them in is that
+        the others are cut into chunks; the priority costs nothing, and serves where it does count.
         """
         if self._urgent is None:
             self._urgent = torch.Stream(self.device, priority=-1)
