@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import random
@@ -306,10 +307,14 @@ def test_an_error_inside_a_capture_leaves_the_engine_usable(error: str) -> None:
         torch.cuda.current_stream().synchronize()
 
     with lighterage.offload(model.layers, keep_last=1) as offloader:
+        pool = torch.cuda.graph_pool_handle()
         with pytest.raises((KeyError, RuntimeError)):
-            CapturedStep(model, batch(), around=fail)
-        # PyTorch's own context manager leaves its stream current where the capture has failed.
+            CapturedStep(model, batch(), pool, around=fail)
+        # PyTorch's own context manager leaves its stream current where the capture has failed, and its allocator in the
+        # capture, which other tests of this process would see.
         torch.cuda.set_stream(torch.cuda.default_stream())
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         torch.cuda.synchronize()
         gc.collect()
         for seed in (1, 2):
