@@ -71,10 +71,35 @@ def ms_between(first: torch.Event, second: Fence) -> float:
     return float(first.elapsed_time(second.event))
 
 
+@pytest.mark.parametrize("nbytes", [1, 7, 4096, 65535, 3 * MIB + 8, 3 * MIB + 5])
+def test_a_kernel_reads_what_the_copy_engine_would(moved: Callable[..., Moved], nbytes: int) -> None:
+    world = moved()
+    world.transport._reader.make_ready()
+    large = noise(256 * MIB, 0)
+    resting, back = world.rest(large), torch.empty_like(large)
+    data = noise(nbytes, 1)
+    small, into = world.rest(data), torch.empty_like(data)
+    torch.cuda.synchronize()
+    calls: list[int] = []
+    read = world.transport._reader._read
+    world.transport._reader._read = lambda to, source: (calls.append(to.numel()), read(to, source))
+    world.back(resting, back)
+    world.back(small, into, urgent=True)
+    torch.cuda.synchronize()
+    assert sum(calls) == nbytes, "the lane was at work"
+    assert torch.equal(into, data) and torch.equal(back, large)
+    into.zero_()
+    world.back(small, into, urgent=True)
+    torch.cuda.synchronize()
+    assert sum(calls) == nbytes, "the lane was idle"
+    assert torch.equal(into, data)
+
+
 @pytest.mark.parametrize("urgent", [True, False])
 def test_an_urgent_reload_finishes_before_a_large_earlier_one(moved: Callable[..., Moved], urgent: bool) -> None:
-    """512 MiB take some 10 ms; 8 MiB that are asked for meanwhile wait for a chunk or two, or for all of it."""
+    """512 MiB take some 10 ms; 8 MiB that are asked for meanwhile are read by a kernel, or wait for all of it."""
     world = moved()
+    world.transport._reader.make_ready()
     large, small = noise(512 * MIB, 0), noise(8 * MIB, 1)
     resting = world.rest(large), world.rest(small)
     backs = torch.empty_like(large), torch.empty_like(small)

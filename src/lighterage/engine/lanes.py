@@ -13,8 +13,9 @@ from ..planner.lanes import CHUNK_BYTES
 # A reload is urgent when backward waits for it and nobody has started it: what `Traffic.load` finds away; and what a
 # section saved that is away when backward comes to it, first of all what is asked for.
 # It goes on a lane of its own. What the inbound lane was given before cannot be called back: its copies are cut into
-# chunks, so that an urgent one gets in between. What either lane is given afterwards comes after the urgent copy; and
-# lanes that are threads look again before each chunk. Three things keep this safe.
+# chunks, between which lanes that are threads let an urgent one in. A CUDA device does not: there, past copies that are
+# on their way, a kernel reads what is urgent (`host_reader.py`, Note [Why a kernel reads]). What either lane is given
+# afterwards comes after the urgent copy. Three things keep this safe.
 # 1. Bytes whose copy out is not finished must first go out. So an urgent copy waits for that before it holds up anybody
 #    (`RightOfWay`), and streams wait for events that were recorded before, never for such as are yet to come.
 # 2. Its fence is one like any other: who next writes the block that it reads, or uses the memory that it writes, comes

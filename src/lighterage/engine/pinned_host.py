@@ -12,6 +12,7 @@ from .accelerator import Accelerator, copy_in, copy_out
 from .arena import Arena, Block, slice_parts
 from .captures import Tenure
 from .cuda import copy_batches
+from .host_reader import HostReader
 from .lanes import FINISHED, Fence, Resting, Source, in_chunks
 from .streams import await_on
 from .views import as_bytes, byte_view
@@ -87,6 +88,9 @@ class HostTransport(Accelerator):
         super().__init__(device, before_copies)
         self._arena = arena
         self._batches = copy_batches(device)
+        self._reader = HostReader(device) if device.type == "cuda" else None
+        self._last_in: Fence = FINISHED
+        """After the copies that the inbound lane was given last."""
         self._no_graphs: str | None = None
 
     @property
@@ -197,6 +201,9 @@ class HostTransport(Accelerator):
         streams.after(current, lane)
         if self._goes_first and not urgent and tenure is None:
             self._give_way(lane)
+        if urgent and not self._last_in.done() and (fence := self._read(batches, lane, current)) is not None:
+            self._go_first(fence)
+            return [fence] * len(batches)
         fences: list[Fence] = []
         gathered: list[tuple[_RestedInHost, torch.Tensor]] = []
         several: list[list[tuple[_RestedInHost, torch.Tensor]]] = []
@@ -217,7 +224,30 @@ class HostTransport(Accelerator):
                     gathered, several, nbytes, num_batches = [], [], 0, 0
         if urgent and fences:
             self._go_first(fences[-1])
+        elif fences and tenure is None:
+            self._last_in = fences[-1]
         return fences
+
+    def _read(
+        self, batches: Sequence[Sequence[tuple[Resting, torch.Tensor]]], lane: torch.Stream, current: torch.Stream
+    ) -> Fence | None:
+        """Let a kernel bring them back, in this order, past what is on its way: see Note [Why a kernel reads]."""
+        if self._reader is None:
+            return None
+        work: list[tuple[_RestedInHost, torch.Tensor]] = [one for batch in batches for one in batch]  # type: ignore[misc]
+        rooms = {one.shared: None for one, _ in work}
+        with self._streams.on(lane, current):
+            for left in {shared.left: None for shared in rooms}:
+                await_on(lane, left)
+            if not self._reader.read([(as_bytes(data.data), one.parts) for one, data in work]):
+                return None
+            if self._several_streams:
+                for _, data in work:
+                    self._claim(data, lane, current)
+            fence = self._streams.fence(lane)
+        for shared in rooms:
+            shared.reads[fence] = None
+        return fence
 
     def _copy_in(
         self,
