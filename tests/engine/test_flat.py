@@ -7,6 +7,7 @@ import gc
 import os
 import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -44,6 +45,16 @@ def live_objects() -> dict[str, int]:
 
 
 def held(offloader: Offloader) -> dict[str, Any]:
+    """What it holds once copies that nobody waited for are through: their fences are kept until that is known."""
+    figures, last = _held(offloader), None
+    while figures != last:
+        time.sleep(0.02)
+        figures, last = _held(offloader), figures
+    return figures
+
+
+def _held(offloader: Offloader) -> dict[str, Any]:
+    offloader.stats(total=True)  # reads the fences of all the steps that it keeps
     stats = offloader.stats()
     return {
         "host_bytes_reserved": stats.host_bytes_reserved,
