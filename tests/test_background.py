@@ -55,3 +55,16 @@ def test_work_that_has_begun_is_waited_for_and_none_begins_later() -> None:
         begun.wait()
     """)
     assert (done.returncode, done.stdout, done.stderr) == (0, "through\nleft alone\n", "")
+
+
+def test_a_program_may_end_while_lanes_copy() -> None:
+    done = run("""
+        from lighterage.engine.workers import WorkerLane
+
+        lane, begun = WorkerLane("lane"), threading.Event()
+        first = lane.submit(lambda: (begun.set(), work(30), print("through", flush=True)))
+        second = lane.submit(lambda: print("begun too late", flush=True))
+        begun.wait()
+        kept = lane, first, second
+    """)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "through\n", "")

@@ -48,7 +48,8 @@ def unless_ending() -> Iterator[bool]:
     finally:
         with _working:
             _num_working -= permitted
-            _working.notify_all()
+            if _is_ending:
+                _working.notify_all()
 
 
 def _end() -> None:

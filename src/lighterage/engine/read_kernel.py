@@ -24,7 +24,7 @@ def read(to: torch.Tensor, source: torch.Tensor) -> None:
     nbytes = to.numel()
     if not nbytes:
         return
-    places = to.data_ptr() | source.data_ptr() | to.storage_offset() | source.storage_offset()
+    places = to.data_ptr() | source.data_ptr() | int(to.storage_offset()) | int(source.storage_offset())
     dtype = torch.int64 if (places | nbytes) % 8 == 0 else torch.uint8
     to, source = to.view(dtype), source.view(dtype)
     num_words = to.numel()

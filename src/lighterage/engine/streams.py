@@ -129,10 +129,11 @@ def _stream_id(device: torch.device) -> int:
 class EventFence:
     """A recorded event. The event goes back to its pool when nobody asks for it any more."""
 
-    __slots__ = ("_ordered", "_streams", "event")
+    __slots__ = ("_is_over", "_ordered", "_streams", "event")
 
     def __init__(self, streams: Streams, stream: torch.Stream) -> None:
         self._streams = streams
+        self._is_over = False
         self._ordered: set[int] = set()
         try:
             self.event = streams.events.pop()
@@ -145,10 +146,11 @@ class EventFence:
         self._streams.events.append(self.event)
 
     def done(self) -> bool:
-        if self._streams.capturing():
+        # Many blocks share a fence, and each asks: the driver is asked until it says so once.
+        if not self._is_over:
             with self._streams.apart():
-                return self.event.query()
-        return self.event.query()
+                self._is_over = self.event.query()
+        return self._is_over
 
     def wait(self) -> None:
         with self._streams.apart():

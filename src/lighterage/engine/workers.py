@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
+from .. import background
 from ..errors import OffloadError
 from .lanes import Fence
 
@@ -82,13 +83,16 @@ def _work(jobs: queue.SimpleQueue[_Job | None], before_each: Callable[[], None] 
         del job
         error: BaseException | None = None
         try:
-            for earlier in after:
-                # What went wrong with an earlier use of the room is that user's to hear of.
-                with contextlib.suppress(Exception):
-                    earlier.wait()
-            if before_each is not None:
-                before_each()
-            run()
+            with background.unless_ending() as permitted:
+                if not permitted:
+                    raise OffloadError("the interpreter is ending, and no copy is begun any more")
+                for earlier in after:
+                    # What went wrong with an earlier use of the room is that user's to hear of.
+                    with contextlib.suppress(Exception):
+                        earlier.wait()
+                if before_each is not None:
+                    before_each()
+                run()
         except BaseException as caught:  # the error belongs to whoever waits for the fence
             error = caught
             link: BaseException | None = caught
