@@ -102,6 +102,7 @@ def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
     assert len(results["checkpoint"]) == TINY.layers + 1
     host = results["host"]
     assert set(host["host_ms"]) == {"none", "by hand", "planned", "timed again"} and host["planning_ms"]["num"] == 3
-    assert len(set(host["bytes_out"].values())) == 1 and host["copies_out"]["planned"] > 0
+    assert host["bytes_out"]["planned"] == pytest.approx(host["bytes_out"]["by hand"], rel=0.05)
+    assert host["copies_out"]["planned"] > 0
     assert "peak ≤ 12.1 GiB" in capsys.readouterr().out
     assert (tmp_path / "timeline-0.json").exists()
