@@ -24,7 +24,7 @@ from lighterage.planner.timeline import Timeline
 NUM_MOVED = 2
 """Layers of which all is moved: the first ones, as many as `benchmarks.decoder` moves by hand."""
 
-MOST_STEPS_TO_PLAN = 14
+MOST_SECONDS_TO_PLAN = 60
 RELEASE_AFTER, PREFETCH_AHEAD = 1, 1
 
 
@@ -57,7 +57,8 @@ def host_time(shape: DecoderShape, device: torch.device, rounds: int, step_ms: f
         for mode in modes.values():
             mode.close()
     bytes_out = {name: one.bytes_out for name, one in stats.items()}
-    if min(bytes_out.values()) < 0.99 * max(bytes_out.values()) or not min(bytes_out.values()):
+    # What turned out to be held by somebody else, the model's rotary tables, is tried again after some steps.
+    if min(bytes_out.values()) < 0.95 * max(bytes_out.values()) or not min(bytes_out.values()):
         raise RuntimeError(f"the modes do not move the same, so that there is nothing to compare: {bytes_out}")
     moving, planning = difference(times["by hand"], times["none"]), difference(times["planned"], times["by hand"])
     again = difference(times["timed again"], times["planned"])
@@ -109,15 +110,17 @@ def difference(more: Sequence[float], less: Sequence[float]) -> Row:
 
 def _measured(model: Decoder, x: Tensor, probe: Tensor, **policy: Any) -> Timeline:
     mode = _mode("measured", model, recompute="never", **policy)
+    deadline = time.monotonic() + MOST_SECONDS_TO_PLAN
     try:
-        for _ in range(MOST_STEPS_TO_PLAN):
-            synchronize(x.device)
+        while mode.offloader.timeline is None:
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no plan came within {MOST_SECONDS_TO_PLAN} s: {mode.offloader.report().plan}")
             mode.step(x, probe)
-            if mode.offloader.timeline is not None:
-                return mode.offloader.timeline
+            synchronize(x.device)
+            time.sleep(0.01)  # the plan is made beside the steps, which are short
+        return mode.offloader.timeline
     finally:
         mode.close()
-    raise RuntimeError(f"no plan was made within {MOST_STEPS_TO_PLAN} steps: {mode.offloader.report().plan}")
 
 
 def _mode(

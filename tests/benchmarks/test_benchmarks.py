@@ -104,7 +104,8 @@ def test_plans_are_measured_beside_checkpointing(tmp_path, capsys):
     assert len(results["checkpoint"]) == TINY.layers + 1
     host = results["host"]
     assert set(host["host_ms"]) == {"none", "by hand", "planned", "timed again"} and host["planning_ms"]["num"] == 3
-    assert len(set(host["bytes_out"].values())) == 1 and host["copies_out"]["planned"] > 0
+    assert host["bytes_out"]["planned"] == pytest.approx(host["bytes_out"]["by hand"], rel=0.05)
+    assert host["copies_out"]["planned"] > 0
     assert set(results["seconds"]) == set(cases)
     told = capsys.readouterr()
     assert "peak ≤ 12.1 GiB" in told.out and "faster than all at its peak or less" in told.out
