@@ -82,11 +82,17 @@ def host_time(shape: DecoderShape, device: torch.device, rounds: int, step_ms: f
 
 def same_moves(timeline: Timeline, num_moved: int, *, release_after: int, prefetch_ahead: int) -> Plan:
     """A plan that does with the first `num_moved` sections what a policy does that is made by hand."""
+    place = {phase.section: number for number, phase in enumerate(timeline.phases) if phase.direction == "forward"}
+
+    def phases_after(index: int) -> int:
+        # By hand, what no later section's forward lets go of stays until backward wants it: here, past the last phase.
+        return place.get(index + release_after, len(timeline.phases)) - place[index]
+
     sections = [
         SectionPlan(
             name=section.name,
             moves=tuple(
-                Move(save=one.save, release_after=release_after)
+                Move(save=one.save, release_after=phases_after(index))
                 for one in section.allocations
                 if index < num_moved and one.kept is None
             ),
