@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,10 +15,14 @@ from torch import Tensor
 
 from lighterage import OffloadError
 from lighterage.engine import accelerator, lanes
+from lighterage.engine.allocation import Allocation
 from lighterage.engine.arena import Arena
 from lighterage.engine.captures import CapturedFence, Captures
 from lighterage.engine.lanes import FINISHED, Fence
+from lighterage.engine.ledger import Ledger, Row
 from lighterage.engine.pinned_host import HostTransport
+from lighterage.engine.traffic import Traffic
+from lighterage.engine.views import describe, emptied_alias
 from tests.engine.test_captures import Driver, Lane, Pinner
 
 PAGE = 4096
@@ -30,6 +36,7 @@ class PlayedStreams:
         self._captures = Captures(driver)
         self.outbound, self.inbound, self.main, self.urgent = Lane(), Lane(), Lane(), Lane()
         self.now_on: Lane | None = None
+        self.since: list[object] = []
 
     def key(self) -> int:
         return 1
@@ -43,8 +50,8 @@ class PlayedStreams:
     def capture(self) -> Any:
         return self._captures.of(1)
 
-    def after(self, stream: Lane, lane: Lane) -> None:
-        pass
+    def after(self, stream: Lane, lane: Lane, since: object = None) -> None:
+        self.since.append(since)
 
     @contextlib.contextmanager
     def on(self, lane: Lane, back_to: Lane) -> Iterator[None]:
@@ -271,3 +278,30 @@ def test_streams_of_a_capture_are_not_taken_for_those_of_other_work(
     now = 2
     transport.stream_key()
     assert transport._several_streams
+
+
+def test_a_captured_copy_out_depends_on_the_point_at_which_its_bytes_were_saved(
+    driver: Driver, transport: HostTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kernels have come after that, so that the copy is not the first thing after one of them."""
+    points: list[str] = []
+
+    def point(_: HostTransport) -> str:
+        points.append(f"point {len(points)}")
+        return points[-1]
+
+    monkeypatch.setattr(HostTransport, "point", point)
+    ledger = Ledger()
+    traffic = Traffic(threading.RLock(), ledger, only_marked=False)
+    section = types.SimpleNamespace(by_hand=False)
+    driver.now[1] = 7
+    for number in range(3):
+        data = noise(8 << 20, number)
+        saved = Allocation(
+            transport, data.untyped_storage(), number, data.nbytes, data.data_ptr(), emptied_alias(data),
+            data._version, Row("layer", gap=False), describe(data, data.nbytes), transport.capture(),
+        )  # fmt: skip
+        traffic.gather(saved, section, data.nbytes, None)  # type: ignore[arg-type]
+    assert transport._streams.since == ["point 0", "point 1"], "each starts when the next is saved"
+    traffic.flush()
+    assert transport._streams.since == ["point 0", "point 1", "point 2"]

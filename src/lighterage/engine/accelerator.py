@@ -58,6 +58,13 @@ class Accelerator:
             self._keys.add(key)
         return key
 
+    def point(self) -> torch.Event | None:
+        if not self._streams.capturing():
+            return None
+        event = torch.Event(self.device)
+        self._streams.current().record_event(event)
+        return event
+
     def capture(self) -> int:
         if not self._streams.capturing():
             return 0

@@ -9,7 +9,7 @@ import torch
 from .graph_driver import Deed, GraphDriver
 
 # Note [Copies inside a capture]
-# What is captured does not run: it is written down, and runs at each replay. Four things follow.
+# What is captured does not run: it is written down, and runs at each replay. Five things follow.
 # 1. No event that was recorded inside may ever be queried or waited for by the host, and none that was recorded outside
 #    may be waited for inside. So fences made inside are of a class of their own, which holds within its capture; to
 #    everybody else it is finished, because a stream that comes after a replay comes after all of it. Fences from
@@ -19,7 +19,10 @@ from .graph_driver import Deed, GraphDriver
 #    the copies are leaves of the graph, and a replay is over when all of its leaves are.
 # 3. Whatever a captured copy reads or writes is read or written at each replay. A host block that a graph uses belongs
 #    to it until it is destroyed. Device memory is the private pool's, which PyTorch keeps for the graph.
-# 4. Bytes that were copied inside one capture are where they should be only after its replay. So an allocation that was
+# 4. What comes first after a kernel goes on in its branch of the replay, and a copy that does so shares the kernels'
+#    queue: 47 GB/s instead of 55 out of an H100. So a copy out depends on the point at which its bytes were saved, not
+#    on that at which it is issued: kernels have come after that, and the copy gets a branch of its own.
+# 5. Bytes that were copied inside one capture are where they should be only after its replay. So an allocation that was
 #    saved inside a capture is copied out there or not at all, and what came back inside one is not used outside of it.
 
 

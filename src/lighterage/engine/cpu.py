@@ -84,7 +84,10 @@ class CpuTransport:
     def capture(self) -> int:
         return 0
 
-    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+    def point(self) -> torch.Event | None:
+        return None
+
+    def evict(self, sources: Sequence[Source], *, since: torch.Event | None = None) -> list[Resting | None]:
         rested: list[Resting | None] = []
         work: list[tuple[Room, torch.Tensor]] = []
         placed: list[_Rested] = []

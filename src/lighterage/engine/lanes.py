@@ -126,8 +126,15 @@ class Transport(Protocol):
         """Tells the graph that is captured on the calling thread's stream from every other one; 0 where none is."""
         ...
 
-    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
-        """Start copying each range out, after the work issued so far. None where there is no room for it."""
+    def point(self) -> torch.Event | None:
+        """Where the calling thread's stream is now, if a graph is captured on it."""
+        ...
+
+    def evict(self, sources: Sequence[Source], *, since: torch.Event | None = None) -> list[Resting | None]:
+        """Start copying each range out, after the work issued so far. None where there is no room for it.
+
+        `since`: a `point` of the same capture at which the bytes were final; the copies come after that alone.
+        """
         ...
 
     @property

@@ -91,7 +91,7 @@ class DiskTransport(Accelerator):
     def refusal(self) -> str | None:
         return self._refusal
 
-    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+    def evict(self, sources: Sequence[Source], *, since: torch.Event | None = None) -> list[Resting | None]:
         rested: list[Resting | None] = []
         streams = self._streams
         if streams.capturing():

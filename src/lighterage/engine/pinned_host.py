@@ -114,7 +114,7 @@ class HostTransport(Accelerator):
 
     # --- out ------------------------------------------------------------------------------------------------------
 
-    def evict(self, sources: Sequence[Source]) -> list[Resting | None]:
+    def evict(self, sources: Sequence[Source], *, since: torch.Event | None = None) -> list[Resting | None]:
         try:
             tenure = self._tenure()
         except OffloadError as error:
@@ -126,7 +126,7 @@ class HostTransport(Accelerator):
         if work:
             streams = self._streams
             lane, current = streams.outbound, streams.current()
-            streams.after(current, lane)
+            streams.after(current, lane, since)
             if self._goes_first and tenure is None:
                 self._give_way(lane)
             rooms = {one.shared: None for one, _ in work}

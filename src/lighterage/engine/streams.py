@@ -94,14 +94,18 @@ class Streams:
         if self.before_copies is not None:
             self.before_copies()
 
-    def after(self, stream: torch.Stream, lane: torch.Stream) -> None:
-        """Make `lane` wait for what was issued on `stream`, which is the current one, so far."""
+    def after(self, stream: torch.Stream, lane: torch.Stream, since: torch.Event | None = None) -> None:
+        """Make `lane` wait for what was issued on `stream`, which is the current one, so far.
+
+        Inside a capture, where `since` was recorded on `stream` in it, for what was issued before that.
+        """
         if not self.capturing():
             lane.wait_event(EventFence(self, stream).event)
             return
-        event = torch.Event(self.device)
-        stream.record_event(event)
-        lane.wait_event(event)
+        if since is None:
+            since = torch.Event(self.device)
+            stream.record_event(since)
+        lane.wait_event(since)
         capture = self.capture()
         if capture is not None and lane.stream_id in capture.tails:
             # A lane forgets after each use: see Note [Copies inside a capture].

@@ -68,6 +68,7 @@ class Traffic:
         self._gathered_bytes = 0
         self._gathered_on = 0
         self._gathered_by: Transport | None = None
+        self._gathered_at: torch.Event | None = None
         self.still_alive = StillAlive()
         self._queue: collections.deque[weakref.ref[Allocation]] = collections.deque()
         self._num_urgent = 0
@@ -101,15 +102,18 @@ class Traffic:
         if not allocation.gathered:
             allocation.gathered = True
             gathered.append(allocation)
+        if allocation.capture:
+            self._gathered_at = transport.point()  # see Note [Copies inside a capture]
 
     def flush(self) -> None:
         """Start copying what was gathered."""
         gathered, transport = self._gathered, self._gathered_by
         if gathered and transport is not None:
             self._gathered, self._gathered_bytes, self._gathered_by = [], 0, None
+            since, self._gathered_at = self._gathered_at, None
             for allocation in gathered:
                 allocation.gathered = False
-            self._evict(gathered, transport)
+            self._evict(gathered, transport, since)
 
     def forget(self, section: Section | None = None) -> None:
         """Do not copy what was gathered (of `section`, where one is given): it stays as it is."""
@@ -136,7 +140,7 @@ class Traffic:
             else:
                 section.undecided.append(ref)
 
-    def _evict(self, allocations: Sequence[Allocation], transport: Transport) -> None:
+    def _evict(self, allocations: Sequence[Allocation], transport: Transport, since: torch.Event | None = None) -> None:
         marked = any_marks()
         capture = transport.capture()
         chosen: list[Allocation] = []
@@ -161,7 +165,7 @@ class Traffic:
         if not chosen:
             return
         with torch._C._DisableTorchDispatch():
-            resting = transport.evict(sources)
+            resting = transport.evict(sources, since=since)
         stream = transport.stream_key()
         start = 0
         for allocation in chosen:

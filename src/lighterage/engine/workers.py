@@ -74,6 +74,15 @@ def _forked() -> OffloadError:
 _Job = tuple[Callable[[], None], tuple[Fence, ...], WorkerFence]
 
 
+def _await(fences: tuple[Fence, ...]) -> None:
+    # A call of its own: the last of them would live until the next job as a variable of the loop.
+    for fence in fences:
+        with contextlib.suppress(
+            Exception
+        ):  # what went wrong with an earlier use of the room is that user's to hear of
+            fence.wait()
+
+
 def _work(jobs: queue.SimpleQueue[_Job | None], before_each: Callable[[], None] | None) -> None:
     while True:
         job = jobs.get()
@@ -86,10 +95,7 @@ def _work(jobs: queue.SimpleQueue[_Job | None], before_each: Callable[[], None] 
             with background.unless_ending() as permitted:
                 if not permitted:
                     raise OffloadError("the interpreter is ending, and no copy is begun any more")
-                for earlier in after:
-                    # What went wrong with an earlier use of the room is that user's to hear of.
-                    with contextlib.suppress(Exception):
-                        earlier.wait()
+                _await(after)
                 if before_each is not None:
                     before_each()
                 run()
