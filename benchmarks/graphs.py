@@ -32,7 +32,11 @@ from lighterage.recipes import Float8BlockScaling
 GIB = 1024**3
 Row = dict[str, Any]
 CASES = ("narrow", "overlap", "decoder")
-POLICIES = ("keep_last=6,release_after=5,prefetch_ahead=4", "keep_last=4,release_after=3,prefetch_ahead=2")
+POLICIES = (
+    "keep_last=7,release_after=5,prefetch_ahead=4",
+    "keep_last=6,release_after=5,prefetch_ahead=4",
+    "keep_last=4,release_after=3,prefetch_ahead=2",
+)
 
 
 class Step:
