@@ -77,9 +77,8 @@ _Job = tuple[Callable[[], None], tuple[Fence, ...], WorkerFence]
 def _await(fences: tuple[Fence, ...]) -> None:
     # A call of its own: the last of them would live until the next job as a variable of the loop.
     for fence in fences:
-        with contextlib.suppress(
-            Exception
-        ):  # what went wrong with an earlier use of the room is that user's to hear of
+        # What went wrong with an earlier use of the room is that user's to hear of.
+        with contextlib.suppress(Exception):
             fence.wait()
 
 
