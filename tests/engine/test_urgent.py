@@ -356,6 +356,21 @@ def test_what_is_asked_for_where_nobody_expected_it_is_urgent_and_comes_first(
         assert all(urgent for _, urgent in restored), "it queues behind what is not needed yet"
 
 
+def test_what_is_next_in_turn_is_not_urgent_where_the_link_is_behind(restored: list[tuple[list[int], bool]]) -> None:
+    with offloader_of() as offloader:
+        for _ in range(2):  # the second time backward is known to go this way
+            graphs = sections_of(offloader, [[50], [401, 402], [391, 405, 10], [60]])
+            graphs[3][0].backward()
+            graphs[2][2].backward()
+            restored.clear()
+            graphs[2][1].backward()  # makes room for 402 in the window
+            graphs[1][1].backward()  # 401 is away as backward comes to it, and would be next
+            graphs[2][0].backward()  # makes room for it
+            graphs[1][0].backward()
+            graphs[0][0].backward()
+    assert restored == [([402], False), ([401], False), ([50], False)]
+
+
 def test_what_is_loaded_beside_a_full_window_is_urgent_and_what_is_fetched_by_hand_is_not(
     restored: list[tuple[list[int], bool]],
 ) -> None:

@@ -260,7 +260,7 @@ class Traffic:
         What they saved is queued in the order of need, and started as far as the window allows: no more bytes wait on
         the device unused than `upcoming` saved. So a section's bytes come in while those before it are used up, and
         their memory becomes free. With nothing upcoming, `section` itself comes back at once. What of `section` is away
-        by now was not expected so soon, and is urgent: see Note [Urgent reloads].
+        is urgent where it was not expected, since other things then come before it: see Note [Urgent reloads].
         """
         away = _away(section)
         if len(away) > 1 and asked in away:
@@ -278,10 +278,13 @@ class Traffic:
         later_nbytes = sum([a.nbytes for a in later])
         self._window = max(later_nbytes, nbytes)
         self._refill_at = REFILL_AT * self._window
+        # What still waits in the queue is next in turn: the link is merely behind.
+        queued = {id(allocation) for ref in self._queue if (allocation := ref()) is not None}
+        in_turn = any(id(allocation) in queued for allocation in away)
         # Two sections may have saved one allocation: it comes back once.
         wanted = dict.fromkeys([*away, *later])
         self._queue = collections.deque([weakref.ref(allocation) for allocation in wanted])
-        self._num_urgent = len(away)
+        self._num_urgent = 0 if in_turn else len(away)
         self._pump()
 
     def _pump(self) -> None:
