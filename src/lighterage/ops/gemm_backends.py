@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 
 from lighterage.formats.arguments import is_one_of
-from lighterage.formats.split_tensors import SplitTensors
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
+    from lighterage.ops.gemm_operands import Operand
 
-Operand: TypeAlias = SplitTensors | torch.Tensor
 BackendName = Literal["auto", "torch", "triton", "mixed", "reference", "emulation"]
 _NAMES = get_args(BackendName)
 

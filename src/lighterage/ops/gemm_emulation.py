@@ -18,7 +18,7 @@ from lighterage.ops.gemm_torch import grouped_mm_rows, grouped_mm_wgrad
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
+    from lighterage.ops.gemm_operands import Operand
 
 
 @dataclass(frozen=True)

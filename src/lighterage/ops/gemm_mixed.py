@@ -17,7 +17,7 @@ from lighterage.ops.gemm_triton import TritonBackend
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
+    from lighterage.ops.gemm_operands import Operand
 
 
 @dataclass(frozen=True)

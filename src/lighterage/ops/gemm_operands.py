@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import torch
 
@@ -12,9 +12,9 @@ from lighterage.formats.split_tensors import SplitTensors
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
 
 Direction = Literal["rowwise", "columnwise"]
+Operand: TypeAlias = SplitTensors | torch.Tensor
 
 
 def quantized(operand: Operand, role: str, direction: Direction) -> SplitTensors:

@@ -19,7 +19,7 @@ from lighterage.ops.gemm_operands import Direction, codes_of, field_of, spans
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
+    from lighterage.ops.gemm_operands import Operand
 
 _NVFP4_ALPHA = 36.0 * 448.0 * 448.0
 _Product = Callable[[torch.Tensor, torch.Tensor, torch.dtype, torch.Tensor | None], torch.Tensor]

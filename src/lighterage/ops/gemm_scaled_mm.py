@@ -21,7 +21,7 @@ from lighterage.ops.gemm_operands import Direction, bulk_buffer, check_aligned, 
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
+    from lighterage.ops.gemm_operands import Operand
 
 _TILE_1x128, _BLOCK_128x128 = 4, 5  # of torch.nn.functional.ScalingType
 _scaled_mm = torch._scaled_mm_v2  # has an `out`, which torch.nn.functional.scaled_mm has not

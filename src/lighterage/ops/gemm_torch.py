@@ -11,7 +11,7 @@ from lighterage.ops.gemm_operands import plain
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
+    from lighterage.ops.gemm_operands import Operand
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lighterage.ops.gemm_operands import (
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
-    from lighterage.ops.gemm_backends import Operand
+    from lighterage.ops.gemm_operands import Operand
 
 ROWS_MULTIPLE = 16
 MAX_HOPPER_SPLITS = 1024

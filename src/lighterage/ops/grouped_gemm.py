@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lighterage.ops.gemm_backends import GemmBackend, Operand, choose_backend
+from lighterage.ops.gemm_backends import GemmBackend, choose_backend
+from lighterage.ops.gemm_operands import Operand
 
 if TYPE_CHECKING:
     from lighterage.formats.splits import Splits
