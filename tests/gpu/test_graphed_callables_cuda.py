@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -348,6 +349,115 @@ def test_a_moved_parameter_is_refused() -> None:
     model.layers[0].up.weight.data = model.layers[0].up.weight.data.clone()
     with pytest.raises(GraphError, match="is not where it was"):
         model(batch(1))
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.5).add_(x.mean())
+        return self.layer(x) * self.mean
+
+
+def test_parts_that_were_replaced_are_refused() -> None:
+    """The graph would go on with the old ones, in memory that may be somebody else's by now."""
+    model = Averaging().cuda()
+    make_graphed_callables(model, (batch(),))
+    twin = Averaging().cuda()
+    twin.load_state_dict(model.state_dict())
+    for seed in (1, 2):
+        model(batch(seed))
+        twin(batch(seed))
+        assert_equal(list(model.buffers()), list(twin.buffers()))
+    model.mean = torch.zeros_like(model.mean)
+    with pytest.raises(GraphError, match="the buffer 'mean' of Averaging"):
+        model(batch(1))
+    make_graphed_callables(model, (batch(),))
+    model.load_state_dict(twin.state_dict(), assign=True)
+    with pytest.raises(GraphError, match="of Averaging.*is not where it was"):
+        model(batch(1))
+
+
+def test_a_forward_that_somebody_patched_is_captured_again_and_put_back() -> None:
+    model = nn.Linear(WIDTH, WIDTH).cuda()
+    model.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight, self.bias) + 1, model)
+    x = batch(1)
+    wanted = model(x).detach()
+    for _ in range(2):
+        make_graphed_callables(model, (batch(),))
+        assert torch.equal(model(x), wanted)
+    model.forward.reset()
+    assert torch.equal(model(x), wanted)
+
+
+def test_none_is_returned_as_it_is() -> None:
+    function = make_graphed_callables(lambda x: (x * 2, None), (ones(),))
+    x = ones(3.0)
+    y, nothing = function(x)
+    assert nothing is None and torch.equal(y, x * 2)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_a_backward_whose_bytes_another_graph_has_written_over_is_refused() -> None:
+    """Graphs of one call have their memory from one pool."""
+    first, second = models = [make(2), make(3)]
+    twins = copy.deepcopy(models)
+    make_graphed_callables((first, second), ((batch(),), (batch(),)))
+    losses = [model(batch(1)) for model in models]
+    losses[0].backward()
+    with pytest.raises(GraphError, match="shares memory with it"):
+        losses[1].backward()
+    for model in models:
+        model.zero_grad(set_to_none=True)
+    losses = [model(batch(2)) for model in models]
+    for loss in reversed(losses):
+        loss.backward()
+    for model, twin in zip(models, twins, strict=True):
+        twin(batch(2)).backward()
+        assert_equal([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_microbatches_in_flight_have_graphs_of_their_own(offload: bool) -> None:
+    """One forward, one backward, with two in flight: the one that began first goes back first."""
+    model = make(3)
+    twin = copy.deepcopy(model)
+    offloader = lighterage.offload(model.layers, keep_last=1) if offload else None
+    slots = [nn.Sequential(model) for _ in range(2)]
+    for slot in slots:
+        make_graphed_callables(slot, (batch(),))
+    model.zero_grad(set_to_none=True)
+    waiting: list[Tensor] = []
+    for number in range(6):
+        waiting.append(slots[number % 2](batch(number)))
+        if len(waiting) == 2:
+            waiting.pop(0).backward()
+    waiting.pop().backward()
+    for number in range(6):
+        twin(batch(number)).backward()
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+    if offloader is not None:
+        assert offloader.stats(total=True).bytes_in > 0
+        offloader.close()
+
+
+def test_inside_a_capture_nothing_is_captured() -> None:
+    layer = nn.Linear(WIDTH, 4).cuda()
+    x = batch()
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        with pytest.raises(GraphError, match="inside a graph's capture"):
+            make_graphed_callables(layer, (x,))
+    graph.replay()
+    assert torch.equal(y, layer(x))
 
 
 def test_other_arguments_are_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import types
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from .recording import Recording, Ticket
+from .recording import Recording
+from .shared_memory import Ticket
 
 # Note [Streams of a replay]
 # The inputs were made on the caller's stream, so the replay's stream waits for it. What the replay writes is read on
@@ -113,6 +114,8 @@ class Graphed:
         self.eager = eager
         """What runs without graphs."""
         self._module = module
+        self._replaced = module is not None and "forward" in module.__dict__
+        """Whether `eager` was put in the place of the `forward` of the module's class."""
 
     def __call__(
         self,
@@ -127,7 +130,7 @@ class Graphed:
         See Note [Streams of a replay].
 
         Raises:
-            GraphError: the last replay's backward is still to come, or a parameter has moved.
+            GraphError: the last replay's backward is still to come, or the module is not what was captured.
             ValueError, TypeError: other arguments than were captured.
         """
         recording = self._recording
@@ -146,8 +149,7 @@ class Graphed:
         outputs = _Replay.apply(  # type: ignore[no-untyped-call]
             recording, launch, *inputs, *recording.parameters
         )
-        assert recording.outputs_spec is not None
-        return pytree.tree_unflatten(outputs, recording.outputs_spec)
+        return recording.returned(outputs)
 
     def _applies(self, recording: Recording) -> bool:
         if self._module is not None and self._module.training != recording.training:
@@ -161,15 +163,15 @@ class Graphed:
             recording.reset()
         if self._module is not None and self._module.__dict__.get("forward") is self:
             del self._module.__dict__["forward"]
-            if not isinstance(self.eager, types.MethodType) or self.eager.__self__ is not self._module:
+            if self._replaced:
                 self._module.__dict__["forward"] = self.eager
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         # A copied module has parameters of its own, which the graphs know nothing of.
-        copied = None if self._module is None else memo.get(id(self._module))
-        if copied is None:
+        if self._module is None or id(self._module) not in memo:
             raise TypeError("a graphed function cannot be copied: its graphs read and write memory of their own.")
-        return types.MethodType(type(copied).forward, copied)
+        copied: Callable[..., Any] = copy.deepcopy(self.eager, memo)
+        return copied
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -184,6 +186,9 @@ class Graphed:
 
 def _check(recording: Recording, args: tuple[Any, ...]) -> list[Tensor]:
     leaves, spec = pytree.tree_flatten(args)
+    wants_grad = torch.is_grad_enabled()
+    if wants_grad:
+        recording.check_gradients()
     if spec != recording.arguments_spec:
         raise TypeError(
             f"{recording.name} was captured with arguments of the form {recording.arguments_spec}, and got {spec}. "
@@ -195,7 +200,7 @@ def _check(recording: Recording, args: tuple[Any, ...]) -> list[Tensor]:
                 f"{recording.name} was captured with a tensor {_describe(static)}, and got {_describe(given)} in its "
                 "place. A graph takes the shapes it was captured with: pad, or capture one for each shape."
             )
-        if given.requires_grad and not static.requires_grad:
+        if wants_grad and given.requires_grad and not static.requires_grad:
             raise ValueError(
                 f"{recording.name} was captured with a tensor {_describe(static)} that needed no gradient; this one "
                 "does, and would get none. Capture with a sample that requires_grad."
