@@ -379,7 +379,7 @@ def test_parts_that_were_replaced_are_refused() -> None:
         model(batch(1))
     make_graphed_callables(model, (batch(),))
     model.load_state_dict(twin.state_dict(), assign=True)
-    with pytest.raises(GraphError, match="of Averaging.*is not where it was"):
+    with pytest.raises(GraphError, match=r"of Averaging.*is not where it was"):
         model(batch(1))
 
 

@@ -142,10 +142,10 @@ class Autoplan:
             BudgetError: no plan keeps to the budget.
         """
         self.events.step_begins()  # whatever comes of it below, what is left of another step is none of this one's
-        if self._link is None and not self._given and self._device.type != "cpu":
-            self._link = self._measure_link()  # the first step is slow anyway
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return  # what is captured does not run, so that it takes no time: it is none of the steps
+        if self._link is None and not self._given and self._device.type != "cpu":
+            self._link = self._measure_link()  # the first step is slow anyway
         self._look()
         self._reserved_before = self._reserved_bytes()
         if self._stage is Stage.PLANNED:
