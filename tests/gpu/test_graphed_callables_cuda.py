@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import types
@@ -341,6 +342,45 @@ def test_a_second_backward_is_refused() -> None:
     with pytest.raises(GraphError, match="for the second time"):
         loss.backward()
     again.backward()
+
+
+def test_an_output_that_backward_reads_may_not_be_written_to_and_any_other_may() -> None:
+    """As without graphs: a sigmoid saves what it returns, a product with a number does not."""
+    saving = make_graphed_callables(lambda x: x.sigmoid(), (ones(),))
+    y = saving(ones(2.0))
+    z = y.sum()
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+    del y, z
+    saving(ones(3.0)).sum().backward()
+    other = make_graphed_callables(lambda x: (x * 2).view(256, -1), (ones(),))
+    for _ in range(2):
+        x = ones(2.0)
+        y = other(x)
+        y += 1
+        y.sum().backward()
+        assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_the_same_with_offload(keep_last: int) -> None:
+    """What was copied out is not changed by who writes to the output, and what stays is looked after."""
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid()) for _ in range(3))).cuda()
+    twin = copy.deepcopy(layers)
+    with lighterage.offload(layers, keep_last=keep_last, release_after=0):
+        make_graphed_callables(layers, (batch(),))
+        y = layers(batch(1))
+        z = y.sum()
+        y.detach().zero_()
+        grads: list[Tensor | None] = []
+        with contextlib.suppress(GraphError):
+            z.backward()
+            grads = [p.grad for p in layers.parameters()]
+        if grads:
+            twin(batch(1)).sum().backward()
+            assert_equal(grads, [p.grad for p in twin.parameters()])
+        layers.forward.reset()
 
 
 def test_a_moved_parameter_is_refused() -> None:

@@ -42,15 +42,20 @@ def _no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replaying.Launch, "order", lambda self, recorded_inside: contextlib.nullcontext())
 
 
-def graphed(module: Scale, memory: SharedMemory | None = None, places: tuple[int, int] = (1, 2)) -> Scale:
-    """`module` with graphs that read and write static memory; `places`: see `Recording`."""
+def graphed(
+    module: Scale,
+    memory: SharedMemory | None = None,
+    places: tuple[int, int] = (1, 2),
+    saved_outputs: tuple[int, ...] = (),
+) -> Scale:
+    """`module` with graphs that read and write static memory; the rest: see `Recording`."""
     x, weight = torch.zeros(2, requires_grad=True), module.weight
     y, grad_y, grad_x, grad_weight = torch.zeros(2, requires_grad=True), *(torch.zeros(2) for _ in range(3))
     saved = torch.zeros(2)
 
     def forward() -> None:
         saved.copy_(x.detach())
-        y.copy_(weight * x)
+        y.data.copy_(weight * x)  # as a replay, which no version counter sees
 
     def backward() -> None:
         grad_x.copy_(grad_y * weight)
@@ -73,6 +78,7 @@ def graphed(module: Scale, memory: SharedMemory | None = None, places: tuple[int
             input_grads=(grad_x, grad_weight),
             memory=memory or SharedMemory(),
             places=places,
+            saved_outputs=saved_outputs,
         )
     module.forward = Graphed(recording, module.forward, module)  # type: ignore[method-assign]
     return module
@@ -117,6 +123,22 @@ def test_a_second_backward_is_refused() -> None:
     module(values(3, 4)).sum().backward()
     with pytest.raises(GraphError, match="for the second time, or after another forward"):
         y.backward()
+
+
+@pytest.mark.parametrize("saved_outputs", [(), (0,)])
+def test_an_output_that_backward_reads_may_not_be_written_to(saved_outputs: tuple[int, ...]) -> None:
+    module = graphed(Scale(), saved_outputs=saved_outputs)
+    for changes in (False, True, False):
+        y = module(values(1, 2))
+        z = y.sum()
+        if changes:
+            y.detach().add_(1)
+        if changes and saved_outputs:
+            with pytest.raises(RuntimeError, match=r"modified by an inplace operation: output 0 of Scale, \(2,\)"):
+                z.backward()
+            del y, z
+        else:
+            z.backward()
 
 
 def test_a_moved_parameter_is_refused() -> None:

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from ..engine.graph_driver import graph_driver
 from ..errors import GraphError
 from .parts import Parts
+from .saved_outputs import saved_outputs
 from .shared_memory import SharedMemory, Ticket, memory_of
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Recording:
     output_grads: tuple[Tensor | None, ...] = ()
     input_grads: tuple[Tensor | None, ...] = ()
     """Of arguments and parameters."""
+    saved_outputs: tuple[int, ...] = ()
+    """Places of the outputs that backward reads: see Note [Outputs that backward reads]."""
     memory: SharedMemory = dataclasses.field(default_factory=SharedMemory)
     """Of the pool."""
     places: tuple[int, int] = (0, 0)
@@ -126,6 +129,7 @@ class Recording:
         with capturing(graph, pool, stream) as events:
             self.outputs = self.run()
         self._check_leaves()
+        self.saved_outputs = saved_outputs(self.outputs)
         self.forward, self.forward_events = graph, frozenset(events)
         self.memory = memory_of(pool)
         self.places = (self.memory.captured(), 0)
@@ -182,12 +186,15 @@ class Recording:
             )
         self._parts.check()
         self._turn += 1
-        ticket = Ticket(self._turn)
+        ticket = Ticket(self._turn, self._versions())
         self._open = weakref.ref(ticket)
         self.memory.replays(self.places[0])
         if self.backward is not None:
             self.memory.waits(ticket, *self.places)
         return ticket
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple([self.outputs[place]._version for place in self.saved_outputs])
 
     def check_gradients(self) -> None:
         """Refuse a call that would leave a parameter without the gradient that it asks for.
@@ -223,6 +230,15 @@ class Recording:
                 "or of one pool, in the order of their capture: the last forward's backward first; or capture each in "
                 "a call and a pool of its own."
             )
+        for place, version in zip(self.saved_outputs, ticket.versions, strict=True):
+            output = self.outputs[place]
+            if output._version != version:
+                raise GraphError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"output {place} of {self.name}, {tuple(output.shape)} {output.dtype}, is at version "
+                    f"{output._version}, and was at {version} when its graph was replayed, whose backward reads it. "
+                    "Clone the output, or write out of place."
+                )
         ticket.spent = True
         self.memory.replays(self.places[1])
         return self.backward

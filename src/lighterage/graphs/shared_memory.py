@@ -19,10 +19,12 @@ if TYPE_CHECKING:
 class Ticket:
     """One forward replay, for as long as its backward may still come. The autograd graph holds it."""
 
-    __slots__ = ("__weakref__", "spent", "spoilt", "turn")
+    __slots__ = ("__weakref__", "spent", "spoilt", "turn", "versions")
 
-    def __init__(self, turn: int) -> None:
+    def __init__(self, turn: int, versions: tuple[int, ...] = ()) -> None:
         self.turn = turn
+        self.versions = versions
+        """Of the outputs that backward reads."""
         self.spent = False
         self.spoilt = False
         """Whether a graph was replayed since that may have written over what this replay saved."""
