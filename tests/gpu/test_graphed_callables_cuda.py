@@ -129,6 +129,30 @@ def test_no_reader_sees_a_half_written_output(
     assert torch.equal(seen, wanted) != broken
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("side", [False, True])
+def test_a_graph_of_another_device_than_the_current_one_has_its_own_device_s_streams(side: bool) -> None:
+    device = torch.device("cuda", 1)
+    function = make_graphed_callables(late, (ones().detach().to(device).requires_grad_(),))
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+    where: dict[str, Any] = {"cuda_graph_stream": stream, "cuda_graph_event": torch.cuda.Event()} if side else {}
+    for value in (1.0, 2.0):
+        x = torch.ones(1 << 16, device=device, requires_grad=True)
+        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            torch.cuda._sleep(LONG)
+        x.data.fill_(value)  # late, on the stream that is current on its device
+        y = function(x, **where)
+        seen = y.detach().clone()
+        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, value))
+        back = grad.clone()
+        assert torch.cuda.current_device() == 0
+        torch.cuda.synchronize(device)
+        assert torch.equal(seen, torch.full_like(seen, 2 * value))
+        assert torch.equal(back, torch.full_like(back, 2 * value))
+
+
 def test_the_event_tells_other_streams_too() -> None:
     function = make_graphed_callables(late, (ones(),))
     side, third, event = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()

@@ -24,17 +24,25 @@ from .shared_memory import Ticket
 
 
 class Launch:
-    """On which stream to replay, and which event tells that it is through."""
+    """On which device and stream to replay, and which event tells that it is through."""
 
-    __slots__ = ("event", "stream")
+    __slots__ = ("device", "event", "stream")
 
-    def __init__(self, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+        self.device = device
         self.stream = stream
         self.event = event
 
     @contextlib.contextmanager
     def order(self, recorded_inside: frozenset[int]) -> Iterator[None]:
-        """Issue the block's work on the stream, after the caller's; the caller's stream then waits for it."""
+        """Issue the block's work on the stream, after the caller's; the caller's stream then waits for it.
+
+        The caller's stream is that of the graph's device, whichever device is the current one.
+        """
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device), self.order(recorded_inside):
+                yield
+            return
         caller = torch.cuda.current_stream()
         stream = caller if self.stream is None else self.stream
         if stream != caller:
@@ -114,6 +122,7 @@ class Graphed:
         self.eager = eager
         """What runs without graphs."""
         self._module = module
+        self._device = recording.device
         self._replaced = module is not None and "forward" in module.__dict__
         """Whether `eager` was put in the place of the `forward` of the module's class."""
 
@@ -137,7 +146,7 @@ class Graphed:
         if recording is None or not self._applies(recording):
             result = self.eager(*args)
             if cuda_graph_event is not None:
-                cuda_graph_event.record()
+                record(cuda_graph_event, torch.cuda.current_stream(self._device))
             return result
         inputs = _check(recording, args)
         if cuda_graph_stream is not None and cuda_graph_stream.device != recording.device:
@@ -145,7 +154,7 @@ class Graphed:
                 f"cuda_graph_stream is of {cuda_graph_stream.device}, and {recording.name} was captured on "
                 f"{recording.device}. Make the stream there."
             )
-        launch = Launch(cuda_graph_stream, cuda_graph_event)
+        launch = Launch(recording.device, cuda_graph_stream, cuda_graph_event)
         outputs = _Replay.apply(  # type: ignore[no-untyped-call]
             recording, launch, *inputs, *recording.parameters
         )
