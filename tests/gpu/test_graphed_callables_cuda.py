@@ -204,6 +204,27 @@ def test_an_external_event_recorded_inside_releases_early() -> None:
         assert torch.equal(second, torch.full_like(second, 6.0))
 
 
+def test_a_replay_waits_for_one_that_released_early_on_another_stream() -> None:
+    """The input of the second one is copied to where the first one still reads."""
+    event, side = torch.cuda.Event(external=True), torch.cuda.Stream()
+
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        first = x * 2
+        event.record()
+        torch.cuda._sleep(LONG)
+        return first, x * 3
+
+    function = make_graphed_callables(two, (torch.ones(1 << 16, device="cuda"),))
+    inputs = [torch.full((1 << 16,), value, device="cuda") for value in (1.0, 2.0)]
+    torch.cuda.synchronize()
+    _, second = function(inputs[0], cuda_graph_stream=side, cuda_graph_event=event)
+    with torch.cuda.stream(side):
+        seen = second.clone()
+    _, second = function(inputs[1])
+    torch.cuda.synchronize()
+    assert torch.equal(seen, torch.full_like(seen, 3.0)) and torch.equal(second, torch.full_like(second, 6.0))
+
+
 def test_an_event_recorded_in_forward_alone_is_recorded_after_backward() -> None:
     event, side = torch.cuda.Event(external=True), torch.cuda.Stream()
 

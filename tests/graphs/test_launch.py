@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lighterage.graphs.replaying import Launch
+from lighterage.graphs.shared_memory import SharedMemory
 
 Line = tuple[Any, ...]
 
@@ -74,7 +75,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 def test_the_caller_s_stream_is_that_of_the_graph_s_device(machine: Machine, index: int, fails: bool) -> None:
     side, log = Stream(index, "side", machine.log), machine.log
     launch = Launch(torch.device("cuda", index), side, None)  # type: ignore[arg-type]
-    with contextlib.suppress(KeyError), launch.order(frozenset()):
+    with contextlib.suppress(KeyError), launch.order(frozenset(), SharedMemory()):
         log.append(("replay on", torch.cuda.current_stream()))
         if fails:
             raise KeyError("stop")
@@ -88,7 +89,7 @@ def test_the_event_comes_after_the_replay_unless_the_graph_records_it(machine: M
     launch = Launch(torch.device("cuda", 0), side, Event(log))  # type: ignore[arg-type]
     for inside in (frozenset[int](), frozenset({7})):
         log.clear()
-        with launch.order(inside):
+        with launch.order(inside, SharedMemory()):
             log.append(("replay",))
         after = [] if inside else [("event on", "side")]
         assert log == [("side", "waits for", "main 0"), ("replay",), *after, ("main 0", "waits for the event")]
@@ -96,7 +97,24 @@ def test_the_event_comes_after_the_replay_unless_the_graph_records_it(machine: M
 
 def test_without_a_stream_the_caller_s_own_is_used_and_nothing_waits(machine: Machine) -> None:
     launch = Launch(torch.device("cuda", 1), None, Event(machine.log))  # type: ignore[arg-type]
-    with launch.order(frozenset()):
+    with launch.order(frozenset(), SharedMemory()):
         machine.log.append(("replay on", torch.cuda.current_stream()))
     assert machine.log == [("replay on", machine.main[1]), ("event on", "main 1")]
     assert machine.current == 0
+
+
+def test_the_next_replay_in_the_same_memory_waits_for_the_last_one_on_whichever_stream(machine: Machine) -> None:
+    """An event inside a graph lets the caller's stream go on while the graph still uses its memory."""
+    side, other, log = Stream(0, "side", machine.log), Stream(0, "other", machine.log), machine.log
+    memory, device = SharedMemory(), torch.device("cuda", 0)
+    waits: list[list[Line]] = []
+    for stream in (side, side, None, other):
+        log.clear()
+        with Launch(device, stream, Event(log)).order(frozenset({7}), memory):  # type: ignore[arg-type]
+            waits.append(log.copy())
+    assert waits == [
+        [("side", "waits for", "main 0")],
+        [("side", "waits for", "main 0")],
+        [("main 0", "waits for", "side")],
+        [("other", "waits for", "main 0"), ("other", "waits for", "main 0")],
+    ]

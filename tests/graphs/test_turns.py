@@ -39,7 +39,7 @@ class Scale(nn.Module):
 
 @pytest.fixture(autouse=True)
 def _no_streams(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replaying.Launch, "order", lambda self, recorded_inside: contextlib.nullcontext())
+    monkeypatch.setattr(replaying.Launch, "order", lambda self, *_: contextlib.nullcontext())
 
 
 def graphed(

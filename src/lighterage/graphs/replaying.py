@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
 from .recording import Recording
-from .shared_memory import Ticket
+from .shared_memory import SharedMemory, Ticket
 
 # Note [Streams of a replay]
 # The inputs were made on the caller's stream, so the replay's stream waits for it. What the replay writes is read on
@@ -21,6 +21,7 @@ from .shared_memory import Ticket
 # the replay. It waits for an event that is recorded after the replay; the one that the caller gave, if it gave one, so
 # that other streams can wait for the same. A graph may record that event in its midst, with `external=True`: then it
 # stands for what the graph has done so far, whoever waits for it reads nothing later, and it is not recorded again.
+# What comes later still uses the graph's memory: so the next replay there waits for the stream of the last one.
 
 
 class Launch:
@@ -34,13 +35,14 @@ class Launch:
         self.event = event
 
     @contextlib.contextmanager
-    def order(self, recorded_inside: frozenset[int]) -> Iterator[None]:
+    def order(self, recorded_inside: frozenset[int], memory: SharedMemory) -> Iterator[None]:
         """Issue the block's work on the stream, after the caller's; the caller's stream then waits for it.
 
-        The caller's stream is that of the graph's device, whichever device is the current one.
+        It comes after the last replay of a graph that has the same memory, on whichever stream that was. The caller's
+        stream is that of the graph's device, whichever device is the current one.
         """
         if torch.cuda.current_device() != self.device.index:
-            with torch.cuda.device(self.device), self.order(recorded_inside):
+            with torch.cuda.device(self.device), self.order(recorded_inside, memory):
                 yield
             return
         caller = torch.cuda.current_stream()
@@ -48,6 +50,9 @@ class Launch:
         if stream != caller:
             follow(stream, caller)
             torch.cuda.set_stream(stream)
+        if memory.stream is not None and memory.stream != stream:
+            follow(stream, memory.stream)
+        memory.stream = stream
         try:
             yield
         finally:
@@ -85,7 +90,7 @@ class _Replay(torch.autograd.Function):
         ticket: Ticket = recording.begin()
         ctx.recording, ctx.launch, ctx.ticket = recording, launch, ticket
         assert recording.forward is not None
-        with launch.order(recording.forward_events):
+        with launch.order(recording.forward_events, recording.memory):
             for static, given in zip(recording.arguments, inputs, strict=False):
                 static.copy_(given)
             recording.forward.replay()
@@ -100,7 +105,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recording: Recording = ctx.recording
         graph = recording.finish(ctx.ticket)
-        with ctx.launch.order(recording.backward_events):
+        with ctx.launch.order(recording.backward_events, recording.memory):
             for static, given in zip(recording.output_grads, grads, strict=True):
                 if static is not None:
                     static.copy_(given)

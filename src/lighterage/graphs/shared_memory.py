@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE as Pool
 
@@ -34,6 +36,9 @@ class SharedMemory:
     """The graphs of one pool, by their places in the order of capture, and which of them wait for backward."""
 
     def __init__(self) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        """Where one of them was replayed last. The next one comes after it, also where an event let the caller's stream
+        go on before the replay was through."""
         self._num_captured = 0
         self._waiting: list[tuple[int, int, weakref.ref[Ticket]]] = []
 
