@@ -26,6 +26,13 @@ def hooked() -> nn.Module:
     return module
 
 
+def hooked_parameter() -> nn.Module:
+    module = nn.Linear(2, 2)
+    module.bias.register_post_accumulate_grad_hook(lambda _: None)
+    module.weight.register_hook(lambda grad: grad * 2)
+    return module
+
+
 def graphed() -> nn.Module:
     module = nn.Linear(2, 2)
     recording = Recording("Linear", module, [X], pytree.tree_flatten((X,))[1], (), module, True)
@@ -58,6 +65,7 @@ TWICE = nn.Linear(2, 2)
         ((hooked(), (X,)), {}, ValueError, "Linear has module hooks.*Register them after"),
         (((TWICE, TWICE), ((X,), (X,))), {}, ValueError, "the same Linear stands twice.*nn.Sequential of its own"),
         ((nn.Sequential(graphed()), (X,)), {}, ValueError, r"0 of Sequential has graphs.*Call 0.forward.reset\(\)"),
+        ((hooked_parameter(), (X,)), {}, ValueError, "parameter weight of Linear has a hook.*scaled twice"),
         ((with_buffer(), (X,)), {}, ValueError, "buffer scale of Linear needs a gradient.*Make it a parameter"),
     ],
 )

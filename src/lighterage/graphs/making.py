@@ -145,6 +145,13 @@ def _check_module(module: nn.Module) -> None:
             f"{_name(module)} has module hooks, which would run both inside the graph and around it. Register them "
             "after make_graphed_callables."
         )
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            raise ValueError(
+                f"parameter {name} of {_name(module)} has a hook, which would run both inside the graph and on what it "
+                "gives: a gradient that it scales would be scaled twice. Register it after make_graphed_callables, or "
+                "with register_post_accumulate_grad_hook."
+            )
     for name, part in module.named_modules():
         if part is not module and _graphed(part) is not None:
             raise ValueError(
