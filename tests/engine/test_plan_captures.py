@@ -42,6 +42,13 @@ def test_in_a_capture_no_link_is_measured_and_what_is_not_planned_is_told(
             layers(torch.ones(8, 16)).square().mean().backward()
 
         capturing.append(True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(UserWarning):
+                step()  # where warnings are errors, nothing is left open
+            step()
+        assert offloader.stats(total=True).bytes_out > 0 and not offloader.sections
+        auto._told_of_capture = False
         with pytest.warns(UserWarning, match="every section moves.*Name keep_last"):
             step()
         with warnings.catch_warnings():

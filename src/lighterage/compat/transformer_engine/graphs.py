@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE as Pool
 
 _ORDER = (
-    "Wrap the modules in an nn.Sequential for each microbatch in flight, and call make_graphed_callables for each, so that "
-    "they share no memory."
+    "Wrap the modules in an nn.Sequential for each microbatch in flight, and call make_graphed_callables for each, so "
+    "that they share no memory."
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -50,7 +49,6 @@ class Events:
         self._log: StepLog | None = None
         self._run: Run | None = None
         self._first = self._trial = False
-        self._told_of_capture = False
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -80,7 +78,6 @@ class Events:
         if self._is_cuda and torch.cuda.is_current_stream_capturing():
             self.abandoned()
             self._run = None
-            self._tell_of_capture()
             return NOTHING
         log = self._log
         around: contextlib.AbstractContextManager[object] = NOTHING
@@ -105,16 +102,6 @@ class Events:
         return self._repeatable.told(
             one, module, call, lambda: section.row.saves, with_modules=bool(self._policy.rules) and not call.compiled
         )
-
-    def _tell_of_capture(self) -> None:
-        if not self._told_of_capture:
-            self._told_of_capture = True
-            warnings.warn(
-                "a graph is captured under an offloader that plans from what it measures, and in a capture nothing can "
-                "be measured: every section moves, without budgets, rules or computing again. Name keep_last, "
-                "release_after or prefetch_ahead to say what moves.",
-                stacklevel=2,
-            )
 
     def _orders(self, section: Section) -> Orders | None:
         run = self._run
