@@ -162,6 +162,7 @@ def test_what_was_replaced_is_refused(change: Callable[[Any], object], message: 
     """The graph would go on with the old memory, and give no gradient to the new parameter."""
     module = Scale()
     module.inner = nn.BatchNorm1d(2)
+    module.register_buffer("edges", torch.eye(2).to_sparse())
     graphed(module)
     module(values(1, 2)).sum().backward()
     module.inner.running_mean.add_(1)
