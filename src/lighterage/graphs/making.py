@@ -59,7 +59,8 @@ def make_graphed_callables(
     single = not isinstance(modules, tuple)
     callables = (modules,) if single else modules
     samples = (sample_args,) if single else sample_args
-    _check_arguments(callables, samples, num_warmup_iters, pre_warmup_hook, post_warmup_hook)
+    _check_options(num_warmup_iters, pre_warmup_hook, post_warmup_hook, pool, allow_unused_input)
+    _check_arguments(callables, samples)
     if not torch.cuda.is_available():
         raise GraphError("make_graphed_callables needs a CUDA device, and there is none. Call the modules as they are.")
     if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
@@ -99,14 +100,21 @@ def make_graphed_callables(
     return made[0] if single else made
 
 
-def _check_arguments(
-    callables: tuple[Any, ...], samples: Any, num_warmup_iters: object, pre: Hook | None, post: Hook | None
+def _check_options(
+    num_warmup_iters: object, pre: Hook | None, post: Hook | None, pool: object, allow_unused_input: object
 ) -> None:
     if isinstance(num_warmup_iters, bool) or not isinstance(num_warmup_iters, int) or num_warmup_iters < 0:
         raise ValueError(f"num_warmup_iters is a whole number from 0 up; got {num_warmup_iters!r}.")
     for name, hook in (("pre_warmup_hook", pre), ("post_warmup_hook", post)):
         if hook is not None and not callable(hook):
             raise TypeError(f"{name} is called without arguments, or None; got {hook!r}.")
+    if pool is not None and not (isinstance(pool, tuple) and len(pool) == 2):
+        raise TypeError(f"pool is torch.cuda.graph_pool_handle(), or the pool() of a graph; got {pool!r}.")
+    if not isinstance(allow_unused_input, bool):
+        raise TypeError(f"allow_unused_input is True or False; got {allow_unused_input!r}.")
+
+
+def _check_arguments(callables: tuple[Any, ...], samples: Any) -> None:
     if not callables or not isinstance(samples, tuple) or len(samples) != len(callables):
         raise ValueError(
             f"sample_args has one tuple of arguments for each of {len(callables)} callables; got "
@@ -122,7 +130,7 @@ def _check_arguments(
             )
         seen.add(id(one))
         if not callable(one):
-            raise TypeError(f"a module or a function can be graphed; got {one!r}.")
+            raise TypeError(f"a module or a function can be graphed, or a tuple of them; got {one!r}.")
         if not isinstance(args, tuple):
             raise TypeError(
                 f"sample_args of {_name(one)} is a tuple of positional arguments; got a {type(args).__name__}. Write "
