@@ -42,9 +42,10 @@ def test_arguments_are_handed_on_inside_the_region(handed_on: list[dict[str, Any
     ("options", "message"),
     [
         ({"sample_kwargs": {"x": X}}, "Pass tensors by position"),
-        ({"_order": [1, -1]}, "one graph for each microbatch"),
+        ({"sample_kwargs": ({}, {"x": X})}, "Pass tensors by position"),
+        ({"_order": [1, -1]}, "for each microbatch in flight"),
         ({"retain_graph_in_backward": True}, "run each backward once"),
-        ({"_reuse_graph_input_output_buffers": True}, "one graph for each microbatch"),
+        ({"_reuse_graph_input_output_buffers": True}, "for each microbatch in flight"),
         ({"enabled": (True, False)}, "Call make_graphed_callables once for each kind"),
         ({"enabled": True}, "autocast needs a recipe"),
     ],
@@ -52,6 +53,12 @@ def test_arguments_are_handed_on_inside_the_region(handed_on: list[dict[str, Any
 def test_what_cannot_be_honoured_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         te.make_graphed_callables(nn.Linear(4, 4), (X,), **options)
+
+
+@pytest.mark.parametrize("nothing", [{}, ({}, {}), [{}]])
+def test_keywords_that_name_nothing_are_taken(nothing: Any, handed_on: list[dict[str, Any]]) -> None:
+    te.make_graphed_callables(nn.Linear(4, 4), (X,), sample_kwargs=nothing)
+    assert len(handed_on) == 1
 
 
 @pytest.mark.parametrize("name", ["cache_quantized_params", "fp8_weight_caching", "calibrating", "fp8_calibrating"])

@@ -13,6 +13,8 @@ from lighterage.engine.allocation import Stage
 from tests.compat.stacks import NUM_LAYERS, Runner, assert_nothing_left, batch, compare, get_context, make_layers
 from tests.compat.test_offload_context import watched
 
+_CALLS = ["start_offload_layer", "release_activation_forward_gpu_memory", "start_reload_layer"]
+
 
 def test_a_layer_for_which_nothing_is_called_is_not_moved():
     context, *rest = get_context(manual_synchronization=True)
@@ -52,6 +54,51 @@ def test_release_alone_copies_first():
     assert context.offloader.stats(total=True).bytes_in == context.offloader.stats(total=True).bytes_out > 0
 
 
+def test_a_call_inside_the_layer_s_context_is_about_what_was_saved_so_far():
+    layers = make_layers()
+    context, sync, controller = get_context(manual_synchronization=True)
+    h = batch(1)
+    for index, layer in enumerate(layers):
+        with context:
+            h = layer(h)
+            controller.start_offload_layer(index)
+            running = context.offloader.sections[index].section
+            assert any(allocation.left is not None for allocation in running.live_allocations())
+        h = sync(h)
+    h.sum().backward()
+    del h, layer, running
+    assert context.offloader.stats(total=True).bytes_out > 0
+    assert_nothing_left(context)
+
+
+@pytest.mark.parametrize("calls", list(itertools.permutations(_CALLS)) + [(name,) for name in _CALLS])
+def test_calls_inside_and_outside_of_the_context_give_the_same_bits(calls):
+    def program(layers, runner):
+        x = batch(1)
+        h = x
+
+        def run(layer, index, h):
+            h = layer(h).exp()
+            if runner.controller is not None:
+                for call in calls:
+                    getattr(runner.controller, call)(index)
+            return h.sin()
+
+        for index, layer in enumerate(layers):
+            h = runner.run(lambda h, layer=layer, index=index: run(layer, index, h), h)
+        if runner.controller is not None:
+            for index in range(NUM_LAYERS):
+                runner.controller.release_activation_forward_gpu_memory(index)
+            for index in reversed(range(NUM_LAYERS)):
+                runner.controller.start_reload_layer(index)
+        loss = h.square().mean()
+        loss.backward()
+        return [loss.detach(), x.grad]
+
+    total = compare(program, manual_synchronization=True)
+    assert total.bytes_in == total.bytes_out
+
+
 def _whole(layers, runner):
     """As they document it: forward and start, release all, reload all, backward."""
     x = batch(1)
@@ -73,9 +120,6 @@ def _whole(layers, runner):
 def test_their_documented_order_of_calls():
     total = compare(_whole, manual_synchronization=True)
     assert total.bytes_in == total.bytes_out
-
-
-_CALLS = ["start_offload_layer", "release_activation_forward_gpu_memory", "start_reload_layer"]
 
 
 @pytest.mark.parametrize("calls", list(itertools.permutations(_CALLS)) + [(name, name) for name in _CALLS])

@@ -353,6 +353,8 @@ def test_a_sequential_hands_out_extra_inputs_in_order_and_counts_them():
     out = sequential(x, [4, 2], [6])
     assert torch.equal(out, sequential[3](grouped(sequential[0](x), [4, 2]).relu(), [6]))
     assert grouped.num_groups == 2
+    nested = te.ops.Sequential(te.ops.Sequential(*sequential[:2]), *sequential[2:])
+    assert nested.num_extra_inputs == 2 and torch.equal(nested(x, [4, 2], [6]), out)
     for given in ((), ([4, 2],), ([4, 2], [6], [6])):
         with pytest.raises(ValueError, match="2 extra inputs"):
             sequential(x, *given)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,6 +129,30 @@ def test_no_reader_sees_a_half_written_output(
     assert torch.equal(seen, wanted) != broken
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("side", [False, True])
+def test_a_graph_of_another_device_than_the_current_one_has_its_own_device_s_streams(side: bool) -> None:
+    device = torch.device("cuda", 1)
+    function = make_graphed_callables(late, (ones().detach().to(device).requires_grad_(),))
+    with torch.cuda.device(device):
+        stream = torch.cuda.Stream()
+    where: dict[str, Any] = {"cuda_graph_stream": stream, "cuda_graph_event": torch.cuda.Event()} if side else {}
+    for value in (1.0, 2.0):
+        x = torch.ones(1 << 16, device=device, requires_grad=True)
+        torch.cuda.synchronize(device)
+        with torch.cuda.device(device):
+            torch.cuda._sleep(LONG)
+        x.data.fill_(value)  # late, on the stream that is current on its device
+        y = function(x, **where)
+        seen = y.detach().clone()
+        (grad,) = torch.autograd.grad(y, x, torch.full_like(y, value))
+        back = grad.clone()
+        assert torch.cuda.current_device() == 0
+        torch.cuda.synchronize(device)
+        assert torch.equal(seen, torch.full_like(seen, 2 * value))
+        assert torch.equal(back, torch.full_like(back, 2 * value))
+
+
 def test_the_event_tells_other_streams_too() -> None:
     function = make_graphed_callables(late, (ones(),))
     side, third, event = torch.cuda.Stream(), torch.cuda.Stream(), torch.cuda.Event()
@@ -176,6 +202,27 @@ def test_an_external_event_recorded_inside_releases_early() -> None:
         assert torch.equal(seen, torch.full_like(seen, 4.0))
         torch.cuda.synchronize()
         assert torch.equal(second, torch.full_like(second, 6.0))
+
+
+def test_a_replay_waits_for_one_that_released_early_on_another_stream() -> None:
+    """The input of the second one is copied to where the first one still reads."""
+    event, side = torch.cuda.Event(external=True), torch.cuda.Stream()
+
+    def two(x: Tensor) -> tuple[Tensor, Tensor]:
+        first = x * 2
+        event.record()
+        torch.cuda._sleep(LONG)
+        return first, x * 3
+
+    function = make_graphed_callables(two, (torch.ones(1 << 16, device="cuda"),))
+    inputs = [torch.full((1 << 16,), value, device="cuda") for value in (1.0, 2.0)]
+    torch.cuda.synchronize()
+    _, second = function(inputs[0], cuda_graph_stream=side, cuda_graph_event=event)
+    with torch.cuda.stream(side):
+        seen = second.clone()
+    _, second = function(inputs[1])
+    torch.cuda.synchronize()
+    assert torch.equal(seen, torch.full_like(seen, 3.0)) and torch.equal(second, torch.full_like(second, 6.0))
 
 
 def test_an_event_recorded_in_forward_alone_is_recorded_after_backward() -> None:
@@ -342,12 +389,160 @@ def test_a_second_backward_is_refused() -> None:
     again.backward()
 
 
+def test_an_output_that_backward_reads_may_not_be_written_to_and_any_other_may() -> None:
+    """As without graphs: a sigmoid saves what it returns, a product with a number does not."""
+    saving = make_graphed_callables(lambda x: x.sigmoid(), (ones(),))
+    y = saving(ones(2.0))
+    z = y.sum()
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.backward()
+    del y, z
+    saving(ones(3.0)).sum().backward()
+    other = make_graphed_callables(lambda x: (x * 2).view(256, -1), (ones(),))
+    for _ in range(2):
+        x = ones(2.0)
+        y = other(x)
+        y += 1
+        y.sum().backward()
+        assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
+
+
+@pytest.mark.parametrize("keep_last", [0, 1])
+def test_the_same_with_offload(keep_last: int) -> None:
+    """What was copied out is not changed by who writes to the output, and what stays is looked after."""
+    layers = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid()) for _ in range(3))).cuda()
+    twin = copy.deepcopy(layers)
+    with lighterage.offload(layers, keep_last=keep_last, release_after=0):
+        make_graphed_callables(layers, (batch(),))
+        y = layers(batch(1))
+        z = y.sum()
+        y.detach().zero_()
+        grads: list[Tensor | None] = []
+        with contextlib.suppress(GraphError):
+            z.backward()
+            grads = [p.grad for p in layers.parameters()]
+        if grads:
+            twin(batch(1)).sum().backward()
+            assert_equal(grads, [p.grad for p in twin.parameters()])
+        layers.forward.reset()
+
+
 def test_a_moved_parameter_is_refused() -> None:
     model = make(1)
     make_graphed_callables(model, (batch(),))
     model.layers[0].up.weight.data = model.layers[0].up.weight.data.clone()
     with pytest.raises(GraphError, match="is not where it was"):
         model(batch(1))
+
+
+class Averaging(nn.Module):
+    """Keeps a running mean of what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean.mul_(0.5).add_(x.mean())
+        return self.layer(x) * self.mean
+
+
+def test_parts_that_were_replaced_are_refused() -> None:
+    """The graph would go on with the old ones, in memory that may be somebody else's by now."""
+    model = Averaging().cuda()
+    make_graphed_callables(model, (batch(),))
+    twin = Averaging().cuda()
+    twin.load_state_dict(model.state_dict())
+    for seed in (1, 2):
+        model(batch(seed))
+        twin(batch(seed))
+        assert_equal(list(model.buffers()), list(twin.buffers()))
+    model.mean = torch.zeros_like(model.mean)
+    with pytest.raises(GraphError, match="the buffer 'mean' of Averaging"):
+        model(batch(1))
+    make_graphed_callables(model, (batch(),))
+    model.load_state_dict(twin.state_dict(), assign=True)
+    with pytest.raises(GraphError, match=r"of Averaging.*is not where it was"):
+        model(batch(1))
+
+
+def test_a_forward_that_somebody_patched_is_captured_again_and_put_back() -> None:
+    model = nn.Linear(WIDTH, WIDTH).cuda()
+    model.forward = types.MethodType(lambda self, x: nn.functional.linear(x, self.weight, self.bias) + 1, model)
+    x = batch(1)
+    wanted = model(x).detach()
+    for _ in range(2):
+        make_graphed_callables(model, (batch(),))
+        assert torch.equal(model(x), wanted)
+    model.forward.reset()
+    assert torch.equal(model(x), wanted)
+
+
+def test_none_is_returned_as_it_is() -> None:
+    function = make_graphed_callables(lambda x: (x * 2, None), (ones(),))
+    x = ones(3.0)
+    y, nothing = function(x)
+    assert nothing is None and torch.equal(y, x * 2)
+    y.sum().backward()
+    assert x.grad is not None and torch.equal(x.grad, torch.full_like(x, 2))
+
+
+def test_a_backward_whose_bytes_another_graph_has_written_over_is_refused() -> None:
+    """Graphs of one call have their memory from one pool."""
+    first, second = models = [make(2), make(3)]
+    twins = copy.deepcopy(models)
+    make_graphed_callables((first, second), ((batch(),), (batch(),)))
+    losses = [model(batch(1)) for model in models]
+    losses[0].backward()
+    with pytest.raises(GraphError, match="shares memory with it"):
+        losses[1].backward()
+    for model in models:
+        model.zero_grad(set_to_none=True)
+    losses = [model(batch(2)) for model in models]
+    for loss in reversed(losses):
+        loss.backward()
+    for model, twin in zip(models, twins, strict=True):
+        twin(batch(2)).backward()
+        assert_equal([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_microbatches_in_flight_have_graphs_of_their_own(offload: bool) -> None:
+    """One forward, one backward, with two in flight: the one that began first goes back first."""
+    model = make(3)
+    twin = copy.deepcopy(model)
+    offloader = lighterage.offload(model.layers, keep_last=1) if offload else None
+    slots = [nn.Sequential(model) for _ in range(2)]
+    for slot in slots:
+        make_graphed_callables(slot, (batch(),))
+    model.zero_grad(set_to_none=True)
+    waiting: list[Tensor] = []
+    for number in range(6):
+        waiting.append(slots[number % 2](batch(number)))
+        if len(waiting) == 2:
+            waiting.pop(0).backward()
+    waiting.pop().backward()
+    for number in range(6):
+        twin(batch(number)).backward()
+    assert_equal([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
+    if offloader is not None:
+        assert offloader.stats(total=True).bytes_in > 0
+        offloader.close()
+
+
+def test_inside_a_capture_nothing_is_captured() -> None:
+    layer = nn.Linear(WIDTH, 4).cuda()
+    x = batch()
+    layer(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = layer(x)
+        with pytest.raises(GraphError, match="inside a graph's capture"):
+            make_graphed_callables(layer, (x,))
+    graph.replay()
+    assert torch.equal(y, layer(x))
 
 
 def test_other_arguments_are_refused() -> None:

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lighterage import GraphError, make_graphed_callables
+from lighterage.graphs import Graphed
+from lighterage.graphs.recording import Recording
 
 X = torch.zeros(2)
 
@@ -23,10 +26,27 @@ def hooked() -> nn.Module:
     return module
 
 
+def hooked_parameter() -> nn.Module:
+    module = nn.Linear(2, 2)
+    module.bias.register_post_accumulate_grad_hook(lambda _: None)
+    module.weight.register_hook(lambda grad: grad * 2)
+    return module
+
+
+def graphed() -> nn.Module:
+    module = nn.Linear(2, 2)
+    recording = Recording("Linear", module, [X], pytree.tree_flatten((X,))[1], (), module, True)
+    module.forward = Graphed(recording, module.forward, module)  # type: ignore[method-assign]
+    return module
+
+
 def with_buffer() -> nn.Module:
     module = nn.Linear(2, 2)
     module.register_buffer("scale", torch.ones(1, requires_grad=True))
     return module
+
+
+TWICE = nn.Linear(2, 2)
 
 
 @pytest.mark.parametrize(
@@ -40,9 +60,15 @@ def with_buffer() -> nn.Module:
         (((double, double), ((X,),)), {}, ValueError, "for each of 2 callables; got 1"),
         (((double,), [(X,)]), {}, ValueError, "for each of 1 callables; got a list"),
         (((), ()), {}, ValueError, "for each of 0 callables"),
-        ((3, (X,)), {}, TypeError, "a module or a function can be graphed; got 3"),
+        ((3, (X,)), {}, TypeError, "a module or a function can be graphed, or a tuple of them; got 3"),
+        (([double], [(X,)]), {}, TypeError, "or a tuple of them; got \\[<function"),
+        ((double, (X,)), {"pool": 3}, TypeError, r"pool is torch.cuda.graph_pool_handle\(\).*got 3"),
+        ((double, (X,)), {"allow_unused_input": "no"}, TypeError, "allow_unused_input is True or False; got 'no'"),
         ((double, (X, 3)), {}, TypeError, "sample_args of double holds a int; only tensors can change"),
         ((hooked(), (X,)), {}, ValueError, "Linear has module hooks.*Register them after"),
+        (((TWICE, TWICE), ((X,), (X,))), {}, ValueError, "the same Linear stands twice.*nn.Sequential of its own"),
+        ((nn.Sequential(graphed()), (X,)), {}, ValueError, r"0 of Sequential has graphs.*Call 0.forward.reset\(\)"),
+        ((hooked_parameter(), (X,)), {}, ValueError, "parameter weight of Linear has a hook.*scaled twice"),
         ((with_buffer(), (X,)), {}, ValueError, "buffer scale of Linear needs a gradient.*Make it a parameter"),
     ],
 )

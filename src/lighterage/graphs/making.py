@@ -44,7 +44,8 @@ def make_graphed_callables(
         pre_warmup_hook: called without arguments before the first warm-up pass of each callable.
         post_warmup_hook: called after the last one.
         pool: `torch.cuda.graph_pool_handle()`, or a graph's `pool()`, to share memory with. Graphs that share memory
-            must run in the order of their capture, and never at once. Those of one call share it always.
+            must run in the order of their capture, and never at once. Those of one call share it always. A backward
+            whose saved bytes another one's replay has written over is refused.
         allow_unused_input: whether arguments and parameters may go unused; they get no gradient then.
 
     Returns: the modules themselves, and a `Graphed` for each function; in a tuple where a tuple was given. They take
@@ -58,7 +59,8 @@ def make_graphed_callables(
     single = not isinstance(modules, tuple)
     callables = (modules,) if single else modules
     samples = (sample_args,) if single else sample_args
-    _check_arguments(callables, samples, num_warmup_iters, pre_warmup_hook, post_warmup_hook)
+    _check_options(num_warmup_iters, pre_warmup_hook, post_warmup_hook, pool, allow_unused_input)
+    _check_arguments(callables, samples)
     if not torch.cuda.is_available():
         raise GraphError("make_graphed_callables needs a CUDA device, and there is none. Call the modules as they are.")
     if torch.is_autocast_enabled("cuda") and torch.is_autocast_cache_enabled():
@@ -66,11 +68,21 @@ def make_graphed_callables(
             "autocast keeps casts of weights from one call to the next, which no replay would renew. Enter autocast "
             "with cache_enabled=False around make_graphed_callables."
         )
+    if torch.cuda.is_current_stream_capturing():
+        raise GraphError(
+            "make_graphed_callables was called inside a graph's capture, which would break it. Call it before, or let "
+            "the graph under capture hold the modules as they are."
+        )
     for one in callables:
         earlier = _graphed(one)
         if earlier is not None:
             earlier.reset()
     recordings = [_prepare(one, args) for one, args in zip(callables, samples, strict=True)]
+    if len(devices := {recording.device for recording in recordings}) > 1:
+        raise ValueError(
+            f"the callables are on {' and '.join(sorted(map(str, devices)))}; those of one call share memory of one "
+            "device. Call make_graphed_callables for each device."
+        )
     chosen_pool: Pool = torch.cuda.graph_pool_handle() if pool is None else pool
     device = recordings[0].device
     stream = torch.cuda.Stream(device)
@@ -81,28 +93,44 @@ def make_graphed_callables(
             recording.capture_forward(chosen_pool, stream)
         for recording in reversed(recordings):
             recording.capture_backward(chosen_pool, stream, allow_unused_input)
+        for recording in recordings:
+            recording.note_parts()  # forward may have replaced buffers
         torch.cuda.synchronize()
     made = tuple(_install(one, recording) for one, recording in zip(callables, recordings, strict=True))
     return made[0] if single else made
 
 
-def _check_arguments(
-    callables: tuple[Any, ...], samples: Any, num_warmup_iters: object, pre: Hook | None, post: Hook | None
+def _check_options(
+    num_warmup_iters: object, pre: Hook | None, post: Hook | None, pool: object, allow_unused_input: object
 ) -> None:
     if isinstance(num_warmup_iters, bool) or not isinstance(num_warmup_iters, int) or num_warmup_iters < 0:
         raise ValueError(f"num_warmup_iters is a whole number from 0 up; got {num_warmup_iters!r}.")
     for name, hook in (("pre_warmup_hook", pre), ("post_warmup_hook", post)):
         if hook is not None and not callable(hook):
             raise TypeError(f"{name} is called without arguments, or None; got {hook!r}.")
+    if pool is not None and not (isinstance(pool, tuple) and len(pool) == 2):
+        raise TypeError(f"pool is torch.cuda.graph_pool_handle(), or the pool() of a graph; got {pool!r}.")
+    if not isinstance(allow_unused_input, bool):
+        raise TypeError(f"allow_unused_input is True or False; got {allow_unused_input!r}.")
+
+
+def _check_arguments(callables: tuple[Any, ...], samples: Any) -> None:
     if not callables or not isinstance(samples, tuple) or len(samples) != len(callables):
         raise ValueError(
             f"sample_args has one tuple of arguments for each of {len(callables)} callables; got "
             f"{len(samples) if isinstance(samples, tuple) else f'a {type(samples).__name__}'}. For a single callable "
             "pass its tuple itself."
         )
+    seen: set[int] = set()
     for one, args in zip(callables, samples, strict=True):
+        if isinstance(one, nn.Module) and id(one) in seen:
+            raise ValueError(
+                f"the same {_name(one)} stands twice among the callables, and has one forward to replace. Wrap it in "
+                "an nn.Sequential of its own for each; microbatches in flight at once need a call each."
+            )
+        seen.add(id(one))
         if not callable(one):
-            raise TypeError(f"a module or a function can be graphed; got {one!r}.")
+            raise TypeError(f"a module or a function can be graphed, or a tuple of them; got {one!r}.")
         if not isinstance(args, tuple):
             raise TypeError(
                 f"sample_args of {_name(one)} is a tuple of positional arguments; got a {type(args).__name__}. Write "
@@ -125,6 +153,19 @@ def _check_module(module: nn.Module) -> None:
             f"{_name(module)} has module hooks, which would run both inside the graph and around it. Register them "
             "after make_graphed_callables."
         )
+    for name, parameter in module.named_parameters():
+        if parameter._backward_hooks:
+            raise ValueError(
+                f"parameter {name} of {_name(module)} has a hook, which would run both inside the graph and on what it "
+                "gives: a gradient that it scales would be scaled twice. Register it after make_graphed_callables, or "
+                "with register_post_accumulate_grad_hook."
+            )
+    for name, part in module.named_modules():
+        if part is not module and _graphed(part) is not None:
+            raise ValueError(
+                f"{name} of {_name(module)} has graphs of its own, and a graph cannot hold another's replay. Call "
+                f"{name}.forward.reset() first, or leave {_name(module)} as it is."
+            )
     for name, buffer in module.named_buffers():
         if buffer.requires_grad:
             raise ValueError(
@@ -153,6 +194,11 @@ def _prepare(one: Any, args: tuple[Any, ...]) -> Recording:
                 f"{_name(one)} uses a tensor {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}; a graph reads "
                 "and writes memory of a CUDA device. Move it there."
             )
+    if len(devices := {tensor.device for tensor in (*leaves, *parameters)}) > 1:
+        raise ValueError(
+            f"{_name(one)} uses tensors on {' and '.join(sorted(map(str, devices)))}; a graph is captured on a stream "
+            "of one device. Graph what is on each device by itself."
+        )
     if not leaves and not parameters:
         raise ValueError(f"{_name(one)} has neither arguments nor parameters, so nothing could change between replays.")
     return Recording(
@@ -161,6 +207,7 @@ def _prepare(one: Any, args: tuple[Any, ...]) -> Recording:
         arguments=[leaf.detach().clone().requires_grad_(leaf.requires_grad) for leaf in leaves],
         arguments_spec=spec,
         parameters=parameters,
+        module=module,
         training=None if module is None else module.training,
     )
 

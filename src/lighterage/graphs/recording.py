@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import gc
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from ..engine.graph_driver import graph_driver
 from ..errors import GraphError
+from .capturing import capturing
+from .parts import Parts
+from .saved_outputs import saved_outputs
+from .shared_memory import SharedMemory, Ticket, memory_of
 
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE as Pool  # what `torch.cuda.graph_pool_handle()` returns
 
-
-class Ticket:
-    """One forward replay, for as long as its backward may still come. The autograd graph holds it."""
-
-    __slots__ = ("__weakref__", "spent", "turn")
-
-    def __init__(self, turn: int) -> None:
-        self.turn = turn
-        self.spent = False
+_OF_A_LEAF = "torch::autograd::AccumulateGrad"
+"""The autograd node of a tensor that needs a gradient and was not computed."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -41,6 +35,8 @@ class Recording:
     arguments_spec: pytree.TreeSpec
     parameters: tuple[Tensor, ...]
     """Read where they are."""
+    module: nn.Module | None
+    """What it was captured of; None for a function."""
     training: bool | None
     """Of the module when it was captured; None for a function."""
     forward: torch.cuda.CUDAGraph | None = None
@@ -48,16 +44,29 @@ class Recording:
     """Handles of the events that a replay records in its midst."""
     outputs: tuple[Tensor, ...] = ()
     outputs_spec: pytree.TreeSpec | None = None
+    none_at: frozenset[int] = frozenset()
+    """Which leaves of what is returned are None."""
     backward: torch.cuda.CUDAGraph | None = None
     backward_events: frozenset[int] = frozenset()
     output_grads: tuple[Tensor | None, ...] = ()
     input_grads: tuple[Tensor | None, ...] = ()
     """Of arguments and parameters."""
+    saved_outputs: tuple[int, ...] = ()
+    """Places of the outputs that backward reads: see Note [Outputs that backward reads]."""
+    memory: SharedMemory = dataclasses.field(default_factory=SharedMemory)
+    """Of the pool."""
+    places: tuple[int, int] = (0, 0)
+    """Of the forward and the backward graph in the order in which those of the pool were captured."""
 
     def __post_init__(self) -> None:
-        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self.note_parts()
+        self._without_gradient = [parameter for parameter in self.parameters if not parameter.requires_grad]
         self._turn = 0
         self._open: weakref.ref[Ticket] | None = None
+
+    def note_parts(self) -> None:
+        """What the module is made of now, and where, is what the graphs know."""
+        self._parts = Parts(self.name, self.module)
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -70,20 +79,28 @@ class Recording:
     # --- capture --------------------------------------------------------------------------------------------------
 
     def run(self) -> tuple[Tensor, ...]:
-        """Call the function on the static arguments; the leaves of what it returns.
+        """Call the function on the static arguments; the tensors that it returns.
 
         Raises:
-            TypeError: something else than tensors is returned.
+            TypeError: something else than tensors and None is returned.
         """
         returned = self.function(*pytree.tree_unflatten(self.arguments, self.arguments_spec))
         leaves, self.outputs_spec = pytree.tree_flatten(returned)
+        self.none_at = frozenset(index for index, leaf in enumerate(leaves) if leaf is None)
         for leaf in leaves:
-            if not isinstance(leaf, Tensor):
+            if leaf is not None and not isinstance(leaf, Tensor):
                 raise TypeError(
-                    f"a graphed callable returns tensors, in tuples, lists or dicts; {self.name} returned a "
+                    f"a graphed callable returns tensors and None, in tuples, lists or dicts; {self.name} returned a "
                     f"{type(leaf).__name__}, which no replay would renew. Leave it out."
                 )
-        return tuple(leaves)
+        return tuple(leaf for leaf in leaves if leaf is not None)
+
+    def returned(self, outputs: tuple[Tensor, ...]) -> Any:
+        """What the function returned, with `outputs` for its tensors."""
+        assert self.outputs_spec is not None
+        tensors = iter(outputs)
+        leaves = [None if index in self.none_at else next(tensors) for index in range(self.outputs_spec.num_leaves)]
+        return pytree.tree_unflatten(leaves, self.outputs_spec)
 
     def gradients(
         self, outputs: tuple[Tensor, ...], grads: tuple[Tensor | None, ...], allow_unused: bool
@@ -110,16 +127,19 @@ class Recording:
         with capturing(graph, pool, stream) as events:
             self.outputs = self.run()
         self._check_leaves()
+        self.saved_outputs = saved_outputs(self.outputs)
         self.forward, self.forward_events = graph, frozenset(events)
+        self.memory = memory_of(pool)
+        self.places = (self.memory.captured(), 0)
 
     def _check_leaves(self) -> None:
         """Refuse what would silently get no gradient."""
         known = {id(x) for x in self.inputs}
-        nodes = [y.grad_fn for y in self.outputs if y.grad_fn is not None]
+        nodes = [torch.autograd.graph.get_gradient_edge(y).node for y in self.outputs if y.requires_grad]
         seen = set(nodes)
         while nodes:
             node = nodes.pop()
-            leaf = getattr(node, "variable", None)
+            leaf: Any = getattr(node, "variable", None) if node.name() == _OF_A_LEAF else None
             if leaf is not None and id(leaf) not in known:
                 raise ValueError(
                     f"{self.name} uses a tensor {tuple(leaf.shape)} {leaf.dtype} that needs a gradient and is neither "
@@ -138,6 +158,7 @@ class Recording:
             with capturing(graph, pool, stream) as events:
                 self.input_grads = self.gradients(self.outputs, self.output_grads, allow_unused)
             self.backward, self.backward_events = graph, frozenset(events)
+            self.places = (self.places[0], self.memory.captured())
         self.outputs = tuple(y.detach().requires_grad_(y.requires_grad) for y in self.outputs)
 
     def reset(self) -> None:
@@ -151,26 +172,40 @@ class Recording:
         """A forward replay begins.
 
         Raises:
-            GraphError: the last one's backward is still to come, or a parameter has moved.
+            GraphError: the last one's backward is still to come, or the module is not what was captured.
         """
         last = None if self._open is None else self._open()
-        if self.backward is not None and last is not None and not last.spent:
+        if self.backward is not None and last is not None and not (last.spent or last.spoilt):
             raise GraphError(
                 f"the graph of {self.name} was replayed, and its backward is still to come: a second replay would "
                 "overwrite what the first one saved. Run backward first, drop the first result, or capture one graph "
-                "for each microbatch in flight."
+                "for each microbatch in flight: wrap the module in an nn.Sequential of its own for each, and call "
+                "make_graphed_callables for each, so that they share no memory."
             )
-        for parameter, address in zip(self.parameters, self._addresses, strict=True):
-            if parameter.data_ptr() != address:
-                raise GraphError(
-                    f"a parameter of {self.name}, {tuple(parameter.shape)} {parameter.dtype}, is not where it was when "
-                    "the graph was captured, which still reads the old memory. Write parameters in place, or capture "
-                    "again after moving them."
-                )
+        self._parts.check()
         self._turn += 1
-        ticket = Ticket(self._turn)
+        ticket = Ticket(self._turn, self._versions())
         self._open = weakref.ref(ticket)
+        self.memory.replays(self.places[0])
+        if self.backward is not None:
+            self.memory.waits(ticket, *self.places)
         return ticket
+
+    def _versions(self) -> tuple[int, ...]:
+        return tuple([self.outputs[place]._version for place in self.saved_outputs])
+
+    def check_gradients(self) -> None:
+        """Refuse a call that would leave a parameter without the gradient that it asks for.
+
+        Raises:
+            GraphError: a parameter needs a gradient, and did not when the graph was captured.
+        """
+        for parameter in self._without_gradient:
+            if parameter.requires_grad:
+                raise GraphError(
+                    f"a parameter of {self.name}, {tuple(parameter.shape)} {parameter.dtype}, needs a gradient, and "
+                    "needed none when the graph was captured, which would give it none. Capture again."
+                )
 
     def finish(self, ticket: Ticket) -> torch.cuda.CUDAGraph:
         """A backward replay begins: the graph to replay.
@@ -186,68 +221,22 @@ class Recording:
                 "what forward saved is used up by the first backward and overwritten by the next forward. Run each "
                 "backward once, before the next forward, or run this part without a graph."
             )
-        ticket.spent = True
-        return self.backward
-
-
-@contextlib.contextmanager
-def capturing(graph: torch.cuda.CUDAGraph, pool: Pool, stream: torch.cuda.Stream) -> Iterator[set[int]]:
-    """Capture the block's work on `stream` into `graph`; gives the set in which events recorded inside will be.
-
-    However the block ends, the capture is over then, and the current stream is what it was.
-
-    Raises:
-        GraphError: the block did what no graph can hold.
-    """
-    torch.cuda.synchronize()
-    gc.collect()  # what dies inside a capture may do what a capture forbids
-    collects = gc.isenabled()
-    gc.disable()
-    before = torch.cuda.current_stream()
-    torch.cuda.set_stream(stream)
-    events: set[int] = set()
-    try:
-        # Other threads, such as those of data loaders, may do as they like meanwhile.
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-        try:
-            yield events
-            driver = graph_driver()
-            found = None if driver is None else driver.capture_of(stream.cuda_stream)
-            if driver is not None and found is not None:
-                events |= driver.recorded_events(found[1])
-        except BaseException:
-            _end(graph, pool, stream)
-            raise
-        error = _end(graph, pool, stream)
-        if error is not None:
+        if ticket.spoilt:
             raise GraphError(
-                f"the capture failed: {error}. What a graph holds must not wait for the device or be waited for by the "
-                "host, and side streams must be joined."
-            ) from error
-    finally:
-        torch.cuda.set_stream(before)
-        if collects:
-            gc.enable()
-
-
-def _end(graph: torch.cuda.CUDAGraph, pool: Pool, stream: torch.cuda.Stream) -> Exception | None:
-    try:
-        graph.capture_end()
-    except Exception as error:
-        # PyTorch leaves its allocator in the capture where CUDA reports that the capture is broken. It does not where
-        # the graph was made and something was said about it (a warning that is an error here): then the graph has its
-        # share in the pool, and gives it up itself.
-        if not _is_made(graph):
-            for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
-                with contextlib.suppress(Exception):
-                    undo(stream.device_index, pool)
-        return error
-    return None
-
-
-def _is_made(graph: torch.cuda.CUDAGraph) -> bool:
-    try:
-        graph.pool()
-    except RuntimeError:
-        return False
-    return True
+                f"since {self.name} ran forward, a graph was replayed that shares memory with it and was not captured "
+                "between its forward and its backward: it has written over what forward saved. Run graphs of one call, "
+                "or of one pool, in the order of their capture: the last forward's backward first; or capture each in "
+                "a call and a pool of its own."
+            )
+        for place, version in zip(self.saved_outputs, ticket.versions, strict=True):
+            output = self.outputs[place]
+            if output._version != version:
+                raise GraphError(
+                    "one of the variables needed for gradient computation has been modified by an inplace operation: "
+                    f"output {place} of {self.name}, {tuple(output.shape)} {output.dtype}, is at version "
+                    f"{output._version}, and was at {version} when its graph was replayed, whose backward reads it. "
+                    "Clone the output, or write out of place."
+                )
+        ticket.spent = True
+        self.memory.replays(self.places[1])
+        return self.backward

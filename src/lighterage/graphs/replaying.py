@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import types
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils import _pytree as pytree
 
-from .recording import Recording, Ticket
+from .recording import Recording
+from .shared_memory import SharedMemory, Ticket
 
 # Note [Streams of a replay]
 # The inputs were made on the caller's stream, so the replay's stream waits for it. What the replay writes is read on
@@ -20,25 +21,38 @@ from .recording import Recording, Ticket
 # the replay. It waits for an event that is recorded after the replay; the one that the caller gave, if it gave one, so
 # that other streams can wait for the same. A graph may record that event in its midst, with `external=True`: then it
 # stands for what the graph has done so far, whoever waits for it reads nothing later, and it is not recorded again.
+# What comes later still uses the graph's memory: so the next replay there waits for the stream of the last one.
 
 
 class Launch:
-    """On which stream to replay, and which event tells that it is through."""
+    """On which device and stream to replay, and which event tells that it is through."""
 
-    __slots__ = ("event", "stream")
+    __slots__ = ("device", "event", "stream")
 
-    def __init__(self, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None, event: torch.cuda.Event | None) -> None:
+        self.device = device
         self.stream = stream
         self.event = event
 
     @contextlib.contextmanager
-    def order(self, recorded_inside: frozenset[int]) -> Iterator[None]:
-        """Issue the block's work on the stream, after the caller's; the caller's stream then waits for it."""
+    def order(self, recorded_inside: frozenset[int], memory: SharedMemory) -> Iterator[None]:
+        """Issue the block's work on the stream, after the caller's; the caller's stream then waits for it.
+
+        It comes after the last replay of a graph that has the same memory, on whichever stream that was. The caller's
+        stream is that of the graph's device, whichever device is the current one.
+        """
+        if torch.cuda.current_device() != self.device.index:
+            with torch.cuda.device(self.device), self.order(recorded_inside, memory):
+                yield
+            return
         caller = torch.cuda.current_stream()
         stream = caller if self.stream is None else self.stream
         if stream != caller:
             follow(stream, caller)
             torch.cuda.set_stream(stream)
+        if memory.stream is not None and memory.stream != stream:
+            follow(stream, memory.stream)
+        memory.stream = stream
         try:
             yield
         finally:
@@ -76,7 +90,7 @@ class _Replay(torch.autograd.Function):
         ticket: Ticket = recording.begin()
         ctx.recording, ctx.launch, ctx.ticket = recording, launch, ticket
         assert recording.forward is not None
-        with launch.order(recording.forward_events):
+        with launch.order(recording.forward_events, recording.memory):
             for static, given in zip(recording.arguments, inputs, strict=False):
                 static.copy_(given)
             recording.forward.replay()
@@ -91,7 +105,7 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recording: Recording = ctx.recording
         graph = recording.finish(ctx.ticket)
-        with ctx.launch.order(recording.backward_events):
+        with ctx.launch.order(recording.backward_events, recording.memory):
             for static, given in zip(recording.output_grads, grads, strict=True):
                 if static is not None:
                     static.copy_(given)
@@ -113,6 +127,9 @@ class Graphed:
         self.eager = eager
         """What runs without graphs."""
         self._module = module
+        self._device = recording.device
+        self._replaced = module is not None and "forward" in module.__dict__
+        """Whether `eager` was put in the place of the `forward` of the module's class."""
 
     def __call__(
         self,
@@ -127,14 +144,14 @@ class Graphed:
         See Note [Streams of a replay].
 
         Raises:
-            GraphError: the last replay's backward is still to come, or a parameter has moved.
+            GraphError: the last replay's backward is still to come, or the module is not what was captured.
             ValueError, TypeError: other arguments than were captured.
         """
         recording = self._recording
         if recording is None or not self._applies(recording):
             result = self.eager(*args)
             if cuda_graph_event is not None:
-                cuda_graph_event.record()
+                record(cuda_graph_event, torch.cuda.current_stream(self._device))
             return result
         inputs = _check(recording, args)
         if cuda_graph_stream is not None and cuda_graph_stream.device != recording.device:
@@ -142,12 +159,11 @@ class Graphed:
                 f"cuda_graph_stream is of {cuda_graph_stream.device}, and {recording.name} was captured on "
                 f"{recording.device}. Make the stream there."
             )
-        launch = Launch(cuda_graph_stream, cuda_graph_event)
+        launch = Launch(recording.device, cuda_graph_stream, cuda_graph_event)
         outputs = _Replay.apply(  # type: ignore[no-untyped-call]
             recording, launch, *inputs, *recording.parameters
         )
-        assert recording.outputs_spec is not None
-        return pytree.tree_unflatten(outputs, recording.outputs_spec)
+        return recording.returned(outputs)
 
     def _applies(self, recording: Recording) -> bool:
         if self._module is not None and self._module.training != recording.training:
@@ -161,15 +177,15 @@ class Graphed:
             recording.reset()
         if self._module is not None and self._module.__dict__.get("forward") is self:
             del self._module.__dict__["forward"]
-            if not isinstance(self.eager, types.MethodType) or self.eager.__self__ is not self._module:
+            if self._replaced:
                 self._module.__dict__["forward"] = self.eager
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         # A copied module has parameters of its own, which the graphs know nothing of.
-        copied = None if self._module is None else memo.get(id(self._module))
-        if copied is None:
+        if self._module is None or id(self._module) not in memo:
             raise TypeError("a graphed function cannot be copied: its graphs read and write memory of their own.")
-        return types.MethodType(type(copied).forward, copied)
+        copied: Callable[..., Any] = copy.deepcopy(self.eager, memo)
+        return copied
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         raise TypeError(
@@ -184,6 +200,9 @@ class Graphed:
 
 def _check(recording: Recording, args: tuple[Any, ...]) -> list[Tensor]:
     leaves, spec = pytree.tree_flatten(args)
+    wants_grad = torch.is_grad_enabled()
+    if wants_grad:
+        recording.check_gradients()
     if spec != recording.arguments_spec:
         raise TypeError(
             f"{recording.name} was captured with arguments of the form {recording.arguments_spec}, and got {spec}. "
@@ -195,7 +214,7 @@ def _check(recording: Recording, args: tuple[Any, ...]) -> list[Tensor]:
                 f"{recording.name} was captured with a tensor {_describe(static)}, and got {_describe(given)} in its "
                 "place. A graph takes the shapes it was captured with: pad, or capture one for each shape."
             )
-        if given.requires_grad and not static.requires_grad:
+        if wants_grad and given.requires_grad and not static.requires_grad:
             raise ValueError(
                 f"{recording.name} was captured with a tensor {_describe(static)} that needed no gradient; this one "
                 "does, and would get none. Capture with a sample that requires_grad."

@@ -104,6 +104,8 @@ class CpuOffloadContext(contextlib.ContextDecorator):
         scope = self._scope(thread.layer_id)
         live = scope.__enter__()
         thread.scope, thread.live = scope, live
+        if live is not None and self._controller is not None:
+            self._controller.runs(thread.layer_id, live)
         _ENTERED.num_recording += live is not None
         return self
 
@@ -137,8 +139,6 @@ class CpuOffloadContext(contextlib.ContextDecorator):
         thread = self._thread
         if live.section is not None:
             thread.saved.append(live)
-            if self._controller is not None:
-                self._controller.ran(thread.layer_id, live)
         thread.layer_id += 1
         if thread.layer_id == self._num_layers:
             thread.restart()

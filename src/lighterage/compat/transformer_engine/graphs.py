@@ -15,7 +15,10 @@ from lighterage.recipes import Recipe
 if TYPE_CHECKING:
     from torch.cuda import _POOL_HANDLE as Pool
 
-_ORDER = "Capture one graph for each microbatch in flight, in the order in which they run."
+_ORDER = (
+    "Wrap the modules in an nn.Sequential for each microbatch in flight, and call make_graphed_callables for each, so "
+    "that they share no memory."
+)
 
 
 def make_graphed_callables(
@@ -58,7 +61,7 @@ def make_graphed_callables(
     refuse(
         "make_graphed_callables",
         {
-            "sample_kwargs": (sample_kwargs, None, "Pass tensors by position."),
+            "sample_kwargs": (None if _is_empty(sample_kwargs) else sample_kwargs, None, "Pass tensors by position."),
             "_order": (_order, None, _ORDER),
             "_num_layers_per_chunk": (_num_layers_per_chunk, None, _ORDER),
             "retain_graph_in_backward": (
@@ -89,6 +92,11 @@ def make_graphed_callables(
             pool=pool,
             allow_unused_input=allow_unused_input,
         )
+
+
+def _is_empty(sample_kwargs: Any) -> bool:
+    """Whether they name nothing: None, a dict without names, or such for each module."""
+    return not sample_kwargs or (isinstance(sample_kwargs, tuple | list) and not any(sample_kwargs))
 
 
 def _one(enabled: bool | tuple[bool, ...] | None, older: bool | tuple[bool, ...] | None) -> bool:

@@ -33,7 +33,8 @@ class ManualOffloadSynchronizer:
     def start_offload_layer(self, layer_id: int) -> None:
         """Start copying out what the layer saved, in every forward that waits for backward.
 
-        Copies come after the work that the current stream holds now. The tensors stay usable.
+        Called inside of the layer's context, it is about what was saved so far. Copies come after the work that the
+        current stream holds now. The tensors stay usable.
         Raises: ValueError, TypeError: no such layer.
         """
         for forward in self._waiting(layer_id):
@@ -57,13 +58,13 @@ class ManualOffloadSynchronizer:
         waiting = self._waiting(layer_id)
         for forward in reversed(waiting) if newest else waiting:
             section = forward.live.section
-            if section is not None and not section.visited and not forward.reload_asked:
+            if section is not None and not (section.open or section.visited or forward.reload_asked):
                 forward.reload_asked = True
                 self._offloader.prefetch(forward.live)
                 return
 
-    def ran(self, layer_id: int, live: LiveSection) -> None:
-        """Note a forward of a layer. Called by the context."""
+    def runs(self, layer_id: int, live: LiveSection) -> None:
+        """Note that a forward of a layer begins. Called by the context."""
         self._forwards[layer_id] = [*self._waiting(layer_id), _Forward(live)]
 
     def _waiting(self, layer_id: int) -> list[_Forward]:

@@ -121,13 +121,19 @@ class GroupedLinear(_GroupedLinear):
 class Sequential(nn.Sequential):
     """Modules in a row: `sequential(x, *extra_inputs)`.
 
-    Each operation takes as many of the extra inputs, in order, as its `num_extra_inputs` says; any other module takes
-    none. Two `GroupedLinear` in a row so take the sizes twice. Nothing is fused.
+    Each operation takes as many of the extra inputs, in order, as its `num_extra_inputs` says, a `Sequential` inside of
+    this one as many as its operations take, and any other module none. Two `GroupedLinear` in a row so take the sizes
+    twice. Nothing is fused.
     """
+
+    @property
+    def num_extra_inputs(self) -> int:
+        """How many extra inputs its operations take."""
+        return sum(getattr(module, "num_extra_inputs", 0) for module in self)
 
     def forward(self, input: object, *extra_inputs: object) -> object:  # noqa: A002 - nn.Sequential's name
         """Raises: ValueError: too few or too many extra inputs."""
-        wanted = sum(getattr(module, "num_extra_inputs", 0) for module in self)
+        wanted = self.num_extra_inputs
         if len(extra_inputs) != wanted:
             raise ValueError(
                 f"the operations of this Sequential take {wanted} extra inputs; got {len(extra_inputs)}. A "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -84,6 +85,7 @@ class Autoplan:
         self._steps = 0
         self._patience = PATIENCE
         self._num_plans = 0
+        self._told_of_capture = False
         self.events = Events(policy, traffic, module_of, device, self._room)
         """Whom to tell of what happens to sections, within a step."""
         self.checks = Checks()
@@ -142,10 +144,11 @@ class Autoplan:
             BudgetError: no plan keeps to the budget.
         """
         self.events.step_begins()  # whatever comes of it below, what is left of another step is none of this one's
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._tell_of_capture()
+            return  # what is captured does not run, so that it takes no time: it is none of the steps
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
-        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return  # what is captured does not run, so that it takes no time: it is none of the steps
         self._look()
         self._reserved_before = self._reserved_bytes()
         if self._stage is Stage.PLANNED:
@@ -162,6 +165,16 @@ class Autoplan:
             self.events.step_begins(self._new_log(detailed=True), first=True)
         elif self._stage is Stage.TIMING and len(self._measurements.timed) < TIMED_STEPS:
             self.events.step_begins(self._new_log(detailed=True))
+
+    def _tell_of_capture(self) -> None:
+        if not self._told_of_capture:
+            self._told_of_capture = True
+            warnings.warn(
+                "a graph is captured under an offloader that plans from what it measures, and in a capture nothing can "
+                "be measured: every section moves, without budgets, rules or computing again. Name keep_last, "
+                "release_after or prefetch_ahead to say what moves.",
+                stacklevel=2,
+            )
 
     def _new_log(self, *, detailed: bool) -> StepLog:
         return StepLog(self._clock, self._gauge, detailed=detailed)
