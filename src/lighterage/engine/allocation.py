@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,6 +59,7 @@ class Allocation:
         "_ground",
         "_left",
         "_left_from",
+        "_owner",
         "_pieces",
         "address",
         "alias",
@@ -93,12 +95,14 @@ class Allocation:
         version: int,
         row: Row,
         spec: ViewSpec,
+        owner: torch.Tensor,
         capture: int = 0,
     ) -> None:
         """`key`, `nbytes` and `address` are the storage's, `alias` has its version counter, which shows `version`.
 
-        `spec` is the first view that is saved: its bytes are taken in.
+        `spec` is the first view that is saved: its bytes are taken in. `owner` is the tensor or the base of its view.
         """
+        self._owner = weakref.ref(owner)
         self.transport = transport
         self.capture = capture
         """The graph in whose capture it was saved, or 0: see Note [Copies inside a capture]."""
@@ -146,9 +150,14 @@ class Allocation:
         """An empty tensor of `dtype` on its device, for people to be told of both."""
         return self.transport.allocate((0,), dtype)
 
-    def shows(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor`, which lives in the same storage, has the contents that were saved."""
-        return tensor._version == self.version and self.unchanged and share_counter(self.alias, tensor)
+    def shows(self, tensor: torch.Tensor, owner: torch.Tensor) -> bool:
+        """Whether `tensor`, which lives in the same storage, has the contents that were saved.
+
+        `owner`: the tensor itself or the base of its view. All views of one base share its version counter.
+        """
+        if tensor._version != self.version or not self.unchanged:
+            return False
+        return self._owner() is owner or share_counter(self.alias, tensor)
 
     @property
     def unchanged(self) -> bool:
