@@ -58,7 +58,6 @@ class Steps:
         self._unreleased: collections.deque[weakref.ref[Section]] = collections.deque()
         self._open: dict[int, weakref.ref[Section]] = {}
         self._num_passed = 0
-        self._settled = False
         self._prepared_for: Plan | None = None
         self._named: dict[str, None] = {}
         self._kept_names: frozenset[str] | None = None
@@ -84,7 +83,6 @@ class Steps:
             if self._auto.plan is not self._prepared_for:
                 self._prepared_for = self._auto.plan
                 self._stores.prepare()
-                self._settled = False
 
     def opened(self, section: Section) -> None:
         """One more section is open."""
@@ -244,8 +242,7 @@ class Steps:
                 self._shut()
 
     def _finish(self) -> None:
-        if not self._settled:
-            self._settled = self._stores.settle()
+        self._stores.settle()
         if self._auto is not None:
             self._auto.step_ended()
         self._last_release_waits = Waits(self._release_waits)
