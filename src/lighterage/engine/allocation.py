@@ -323,22 +323,28 @@ class Allocation:
 
     # --- use ------------------------------------------------------------------------------------------------------
 
-    def use(self, spec: ViewSpec) -> tuple[torch.Tensor, Wait | None]:
+    def ground(self) -> Buffer:
+        """What saved tensors are rebuilt over while the device memory is held."""
+        buffer = self._ground
+        if buffer is None:
+            storage = self.storage
+            assert storage is not None
+            nbytes = storage.nbytes()
+            buffer = self._ground = Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
+        return buffer
+
+    def use(self, spec: ViewSpec, held: Buffer | None) -> tuple[torch.Tensor, Wait | None]:
         """The saved tensor, usable by what the calling thread issues next, and the wait that this cost.
 
-        The stage is HELD or BACK; on the CPU this blocks until the bytes have arrived, so it is called without the
-        offloader's lock.
+        `held`: its `ground`, taken with the lock held where the stage was HELD: another thread may let go of it
+        meanwhile. Otherwise the stage is BACK. On the CPU this blocks until the bytes have arrived, so it is called
+        without the offloader's lock.
 
         Raises:
             OffloadError: the bytes could not be brought back.
         """
-        if self.stage is _HELD:
-            storage, buffer = self.storage, self._ground
-            if buffer is None:
-                assert storage is not None
-                nbytes = storage.nbytes()
-                buffer = self._ground = Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
-            return self._on(buffer, spec, 0), None
+        if held is not None:
+            return self._on(held, spec, 0), None
         buffer = self.buffers[0]
         lo, hi = spec.lo, spec.hi
         if lo == hi:  # no byte of it was moved: it lies anywhere
