@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import lighterage
 from lighterage import OffloadError, Policy
+from lighterage.engine.allocation import Allocation
 from lighterage.engine.cpu import CpuTransport
 from lighterage.engine.offloader import Offloader
 from tests.engine.programs import (
@@ -625,6 +626,31 @@ def test_backward_of_one_graph_from_several_threads_gives_the_same_bits() -> Non
         assert_nothing_left(offloader)
         stats = offloader.stats()
         assert stats.bytes_in == stats.bytes_out > 0
+
+
+def test_what_is_asked_for_while_another_thread_lets_go_of_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    h = batch() * 1
+    (wanted,) = torch.autograd.grad(h.sin().sum(), h)
+    with offloaded([mlp_layer()]) as offloader:
+        with offloader.section("released", plan="manual") as live:
+            first = h.cos()
+        assert live is not None
+        offloader.evict(live)
+        use = Allocation.use
+
+        def release_and_use(allocation: Allocation, *args: Any) -> Any:
+            other = threading.Thread(target=offloader.release, args=(live,))
+            other.start()
+            other.join(10)
+            return use(allocation, *args)
+
+        with offloader.section("asks"):
+            second = h.sin()
+            monkeypatch.setattr(Allocation, "use", release_and_use)
+            (found,) = torch.autograd.grad(second.sum(), h)  # inside its section, so it is no visit of backward
+        monkeypatch.undo()
+        assert bits(found) == bits(wanted)
+        del first, second
 
 
 def test_an_allocation_that_several_threads_ask_for_at_once_comes_back_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import lighterage
 from lighterage.engine import arena as arena_module
-from lighterage.engine import host_memory, prefault
+from lighterage.engine import host_memory, prefault, stores
 from lighterage.engine.arena import Arena, Block, growth_step
 from lighterage.engine.fenced_space import PendingFences
 from lighterage.engine.units import GIB, KIB, MIB
@@ -547,3 +548,22 @@ def test_host_memory_is_counted_and_a_control_group_limits_it(tmp_path: Path, mo
     monkeypatch.setattr(host_memory, "_memory_folders", lambda: (tmp_path,))
     assert host_memory.total_bytes() == 512 * MIB
     assert host_memory.available_bytes() == 442 * MIB
+
+
+def test_an_arena_that_a_later_step_opens_gets_to_know_what_is_needed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first step may have had nothing to move: a batch to warm up, or modules that went to the device later."""
+    made: list[Arena] = []
+
+    def pinned_arena(*, pinner: object, budget: int | None) -> Arena:
+        made.append(Arena(pinner=FakePinner(), budget=budget, capacity=64 * MIB))
+        return made[-1]
+
+    monkeypatch.setattr(stores, "Arena", pinned_arena)
+    layer = torch.nn.Linear(16, 16)
+    with lighterage.offload([layer], tier="host", keep_last=0, min_bytes=4096) as offloader:
+        layer(torch.randn(2, 16).requires_grad_()).sum().backward()
+        assert offloader.stats().num_sections == 1 and not made
+        layer(torch.randn(256, 16).requires_grad_()).sum().backward()
+        assert offloader.stats().bytes_out > 0
+        (arena,) = made
+        assert arena._frontier is None, "it would decline for ever what is more than it has"

@@ -299,7 +299,7 @@ def test_a_captured_copy_out_depends_on_the_point_at_which_its_bytes_were_saved(
         data = noise(8 << 20, number)
         saved = Allocation(
             transport, data.untyped_storage(), number, data.nbytes, data.data_ptr(), emptied_alias(data),
-            data._version, Row("layer", gap=False), describe(data, data.nbytes), transport.capture(),
+            data._version, Row("layer", gap=False), describe(data, data.nbytes), data, transport.capture(),
         )  # fmt: skip
         traffic.gather(saved, section, data.nbytes, None)  # type: ignore[arg-type]
     assert transport._streams.since == ["point 0", "point 1"], "each starts when the next is saved"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -407,3 +408,68 @@ def test_a_write_by_one_backward_is_noticed_by_the_next(policy: dict[str, Any], 
         loss = layers(x).sum()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward(retain_graph=retain)
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+def _count_moves(monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], None] = lambda: None) -> list[int]:
+    """The values that version counters are set to; `meanwhile` is called while one is moved."""
+    bump, moves = torch._C._autograd._unsafe_set_version_counter, []
+
+    def watched(tensors: Any, versions: Any) -> None:
+        bump(tensors, versions)
+        moves.append(versions[0])
+        if len(moves) % 2:
+            meanwhile()
+
+    monkeypatch.setattr(torch._C._autograd, "_unsafe_set_version_counter", watched)
+    return moves
+
+
+def test_saving_a_tensor_and_views_of_it_again_moves_nobodys_version_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PyTorch saved of it elsewhere is checked by other threads without a lock, and would be found changed."""
+    moves = _count_moves(monkeypatch)
+    x = torch.randn(32, 32, requires_grad=True)
+    with lighterage.offload([nn.Identity()], keep_last=0, min_bytes=0) as offloader:
+        h = x * 1
+        with offloader.section("same"):
+            y = h.sin() * h + h.t() @ h[:, ::2].exp().sum(1) + h.exp()
+        y.sum().backward()
+        assert offloader.stats().copies_out > 0
+    assert moves == []
+
+
+@pytest.mark.parametrize("plan", ["policy", "keep"])
+def test_a_use_while_another_thread_compares_counters_is_no_change(plan: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(32, 32, requires_grad=True)
+    errors: list[BaseException] = []
+    threads: list[threading.Thread] = []
+    with (
+        lighterage.offload([nn.Identity()], keep_last=0, min_bytes=0) as offloader,
+        lighterage.offload([nn.Identity()], keep_last=0, min_bytes=0) as other,
+    ):
+        h = x * 1
+        with offloader.section("before", plan=plan):
+            y = h.sin()
+
+        def use() -> None:
+            try:
+                torch.autograd.grad(y.sum(), h)
+            except RuntimeError as error:
+                errors.append(error)
+
+        def meanwhile() -> None:
+            threads.append(threading.Thread(target=use))
+            threads[-1].start()
+            threads[-1].join(0.3)
+
+        moves = _count_moves(monkeypatch, meanwhile)
+        with other.section("comparing"):
+            z = h.sin() * h.detach()  # two tensors of one storage, of which nothing tells that they share a counter
+        assert moves
+        for thread in threads:
+            thread.join()
+        torch.autograd.grad(z.sum(), h)
+    assert errors == []
+    assert len(threads) == 1

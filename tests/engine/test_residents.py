@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+import lighterage
 from lighterage.engine.modules import Residents, SectionModules
 
 
@@ -53,3 +54,21 @@ def test_what_is_as_it_was_is_not_entered_anew() -> None:
 def test_parameters_without_memory_are_left_out() -> None:
     model = nn.Sequential(nn.Linear(4, 4, device="meta"), nn.LazyLinear(4))
     assert residents_of(model).owners == {}
+
+
+def test_parameters_can_be_swapped_while_an_offloader_is_attached() -> None:
+    """PyTorch swaps no tensor that has weak references; `Module.to` and `load_state_dict` swap, if told to."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with lighterage.offload(model, keep_last=0, min_bytes=0) as offloader:
+        model(torch.randn(2, 4)).sum().backward()
+        model.zero_grad()
+        before = torch.__future__.get_swap_module_params_on_conversion()
+        torch.__future__.set_swap_module_params_on_conversion(True)
+        try:
+            model.to(torch.float64)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(before)
+        model(torch.randn(2, 4, dtype=torch.float64)).sum().backward()
+        assert model[0].weight.dtype == torch.float64 and offloader.stats().bytes_out > 0
+        weight = model[0].weight
+        assert offloader._residents.reason(key_of(weight), weight) == "parameter"

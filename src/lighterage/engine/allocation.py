@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import sys
+import weakref
 from collections.abc import Callable, Sequence
 
 import torch
@@ -58,6 +59,7 @@ class Allocation:
         "_ground",
         "_left",
         "_left_from",
+        "_owner",
         "_pieces",
         "address",
         "alias",
@@ -93,12 +95,14 @@ class Allocation:
         version: int,
         row: Row,
         spec: ViewSpec,
+        owner: torch.Tensor,
         capture: int = 0,
     ) -> None:
         """`key`, `nbytes` and `address` are the storage's, `alias` has its version counter, which shows `version`.
 
-        `spec` is the first view that is saved: its bytes are taken in.
+        `spec` is the first view that is saved: its bytes are taken in. `owner` is the tensor or the base of its view.
         """
+        self._owner = weakref.ref(owner)
         self.transport = transport
         self.capture = capture
         """The graph in whose capture it was saved, or 0: see Note [Copies inside a capture]."""
@@ -146,9 +150,14 @@ class Allocation:
         """An empty tensor of `dtype` on its device, for people to be told of both."""
         return self.transport.allocate((0,), dtype)
 
-    def shows(self, tensor: torch.Tensor) -> bool:
-        """Whether `tensor`, which lives in the same storage, has the contents that were saved."""
-        return tensor._version == self.version and self.unchanged and share_counter(self.alias, tensor)
+    def shows(self, tensor: torch.Tensor, owner: torch.Tensor) -> bool:
+        """Whether `tensor`, which lives in the same storage, has the contents that were saved.
+
+        `owner`: the tensor itself or the base of its view. All views of one base share its version counter.
+        """
+        if tensor._version != self.version or not self.unchanged:
+            return False
+        return self._owner() is owner or share_counter(self.alias, tensor)
 
     @property
     def unchanged(self) -> bool:
@@ -314,22 +323,28 @@ class Allocation:
 
     # --- use ------------------------------------------------------------------------------------------------------
 
-    def use(self, spec: ViewSpec) -> tuple[torch.Tensor, Wait | None]:
+    def ground(self) -> Buffer:
+        """What saved tensors are rebuilt over while the device memory is held."""
+        buffer = self._ground
+        if buffer is None:
+            storage = self.storage
+            assert storage is not None
+            nbytes = storage.nbytes()
+            buffer = self._ground = Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
+        return buffer
+
+    def use(self, spec: ViewSpec, held: Buffer | None) -> tuple[torch.Tensor, Wait | None]:
         """The saved tensor, usable by what the calling thread issues next, and the wait that this cost.
 
-        The stage is HELD or BACK; on the CPU this blocks until the bytes have arrived, so it is called without the
-        offloader's lock.
+        `held`: its `ground`, taken with the lock held where the stage was HELD: another thread may let go of it
+        meanwhile. Otherwise the stage is BACK. On the CPU this blocks until the bytes have arrived, so it is called
+        without the offloader's lock.
 
         Raises:
             OffloadError: the bytes could not be brought back.
         """
-        if self.stage is _HELD:
-            storage, buffer = self.storage, self._ground
-            if buffer is None:
-                assert storage is not None
-                nbytes = storage.nbytes()
-                buffer = self._ground = Buffer(0, nbytes, byte_view(storage, 0, nbytes), 0, None, 0)
-            return self._on(buffer, spec, 0), None
+        if held is not None:
+            return self._on(held, spec, 0), None
         buffer = self.buffers[0]
         lo, hi = spec.lo, spec.hi
         if lo == hi:  # no byte of it was moved: it lies anywhere

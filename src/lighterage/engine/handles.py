@@ -8,7 +8,7 @@ import torch
 
 from ..unseen import unseen
 from .allocation import Allocation
-from .views import ViewSpec, changed_in_place, counter_of_wrapper, type_name
+from .views import ViewSpec, changed_in_place, counter_of_wrapper, settled_version, type_name
 
 if TYPE_CHECKING:
     from .sections import Section
@@ -26,13 +26,13 @@ class Kept:
 
     def __init__(self, tensor: torch.Tensor, section: Section) -> None:
         alias = self._tensor = tensor.detach()
-        self._version = alias._version
+        self._version = settled_version(alias)
         self._section = section
 
     def unpack(self) -> torch.Tensor:
         tensor = self._tensor
-        if tensor._version != self._version:
-            raise changed_in_place(type_name(tensor), tensor.shape, self._version, tensor._version, self._section.name)
+        if tensor._version != self._version and (now := settled_version(tensor)) != self._version:
+            raise changed_in_place(type_name(tensor), tensor.shape, self._version, now, self._section.name)
         if not self._section.visited:
             self._section.visit()
         return tensor
@@ -46,12 +46,12 @@ class KeptWrapper:
     def __init__(self, tensor: torch.Tensor, section: Section) -> None:
         self._tensor = tensor.detach()
         self._counter = counter_of_wrapper(tensor)
-        self._version = tensor._version
+        self._version = settled_version(tensor)
         self._section = section
 
     def unpack(self) -> torch.Tensor:
-        tensor, now = self._tensor, self._counter._version
-        if now != self._version:
+        tensor, counter = self._tensor, self._counter
+        if counter._version != self._version and (now := settled_version(counter)) != self._version:
             raise changed_in_place(type(tensor).__name__, tensor.shape, self._version, now, self._section.name)
         if not self._section.visited:
             self._section.visit()
@@ -82,8 +82,8 @@ class Offloaded:
 
     def unpack(self) -> torch.Tensor:
         section = self._section
-        now = self._alias._version
-        if now != self._version:
+        alias = self._alias
+        if alias._version != self._version and (now := settled_version(alias)) != self._version:
             kind = type_name(self._allocation.sample(self._spec.dtype))
             raise changed_in_place(kind, self._spec.size, self._version, now, section.name)
         if not section.visited:
@@ -109,12 +109,12 @@ class OffloadedWrapper:
         self._size = tensor.shape
         self._stride = () if tensor.is_nested else tensor.stride()
         self._counter = counter_of_wrapper(tensor)
-        self._version = tensor._version
+        self._version = settled_version(tensor)
         self._section = section
 
     def unpack(self) -> torch.Tensor:
-        now = self._counter._version
-        if now != self._version:
+        counter = self._counter
+        if counter._version != self._version and (now := settled_version(counter)) != self._version:
             raise changed_in_place(self._type.__name__, self._size, self._version, now, self._section.name)
         # A part need not be a tensor: DTensor names its mesh.
         inner = {

@@ -75,18 +75,29 @@ class Attachment:
         return self._scope is not None and (module is self._module() or getattr(module, "_is_replica", False))
 
     @unseen
-    def enter(
+    def scope_of(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool
-    ) -> tuple[AbstractContextManager[object], Runner | None]:
-        assert self._scope is not None
-        scope = self._scope(args, kwargs, compiled)
-        entered = scope.__enter__()
-        return scope, getattr(entered, "runner", None)
+    ) -> AbstractContextManager[object] | None:
+        """The scope of a call, not entered yet; None where another thread has detached this meanwhile."""
+        scope = self._scope
+        return None if scope is None else scope(args, kwargs, compiled)
+
+    @staticmethod
+    @unseen
+    def enter(scope: AbstractContextManager[object]) -> Runner | None:
+        return getattr(scope.__enter__(), "runner", None)
 
     @staticmethod
     @unseen
     def leave(scope: AbstractContextManager[object], error: BaseException | None) -> None:
         scope.__exit__(None if error is None else type(error), error, None if error is None else error.__traceback__)
+
+    @staticmethod
+    @unseen
+    def drop(scope: AbstractContextManager[object]) -> None:
+        """Undo what an interrupt has left of a scope: it may come before `enter` returns, or before `leave` begins."""
+        if getattr(scope, "running", None) is not None:
+            scope.drop()  # type: ignore[attr-defined]
 
     def detach(self) -> None:
         """Give the module its class back. Where another library has swapped the class since, this one turns inert."""
@@ -152,16 +163,22 @@ def _subclass(base: type[nn.Module], attachment: Attachment) -> type[nn.Module]:
         if not attachment.covers(self):
             return base.__call__(self, *args, **kwargs)
         # Only in this frame, which is skipped by itself, it can be told whether what it calls is to be compiled.
-        scope, runner = attachment.enter(args, kwargs, eval_frame.get_eval_frame_callback() is not None)
+        scope = attachment.scope_of(args, kwargs, eval_frame.get_eval_frame_callback() is not None)
+        if scope is None:
+            return base.__call__(self, *args, **kwargs)
         try:
-            if runner is None:
-                result = base.__call__(self, *args, **kwargs)
-            else:
-                result = runner(functools.partial(base.__call__, self), args, kwargs)
-        except BaseException as error:
-            attachment.leave(scope, error)
-            raise
-        attachment.leave(scope, None)
+            try:
+                runner = attachment.enter(scope)
+                if runner is None:
+                    result = base.__call__(self, *args, **kwargs)
+                else:
+                    result = runner(functools.partial(base.__call__, self), args, kwargs)
+            except BaseException as error:
+                attachment.leave(scope, error)
+                raise
+            attachment.leave(scope, None)
+        finally:
+            attachment.drop(scope)
         return result
 
     def reduce_ex(self: nn.Module, protocol: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .wrappers import is_wrapper, parts_of
 
@@ -107,7 +108,8 @@ def _numbered(members: Iterable[nn.Module]) -> list[tuple[str, nn.Module]]:
 class _Owner(NamedTuple):
     """Whose a storage is."""
 
-    ref: weakref.ref[torch.Tensor]
+    ref: StorageWeakRef
+    """Of the storage: torch.utils.swap_tensors, and with it Module.to, refuses a tensor that has weak references."""
     reason: str
     device: torch.device
 
@@ -141,21 +143,20 @@ class Residents:
                     if type(tensor) is nn.Parameter and tensor.layout is torch.strided:
                         key = tensor.untyped_storage()._cdata
                         owner = known.get(key)
-                        if owner is not None and owner.ref() is tensor:
+                        if owner is not None and owner.reason == reason and not owner.ref.expired():
                             owners[key] = owner
                             continue
                     for plain in _plain(tensor):
-                        owners[plain.untyped_storage()._cdata] = _Owner(weakref.ref(plain), reason, plain.device)
+                        storage = plain.untyped_storage()
+                        owners[storage._cdata] = _Owner(StorageWeakRef(storage), reason, plain.device)
         self.owners = owners
         self.accelerators = {device for device in {owner.device for owner in owners.values()} if device.type != "cpu"}
 
     def reason(self, key: int, tensor: torch.Tensor) -> str | None:
         """Why the storage with the id `key` stays, if it does; `tensor` is the saved tensor or the base of its view."""
         known = self.owners.get(key)
-        if known is not None:
-            owner = known.ref()
-            if owner is not None and owner.untyped_storage()._cdata == key:
-                return known.reason
+        if known is not None and not known.ref.expired():
+            return known.reason
         if tensor.requires_grad:
             node = tensor.grad_fn
             if node is not None and type(node).__name__ == CAST:

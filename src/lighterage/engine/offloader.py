@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import NoReturn, get_args
@@ -31,6 +33,18 @@ from .steps import Steps
 from .stores import Stores
 from .traffic import Traffic
 
+_locks: weakref.WeakSet[threading.RLock] = weakref.WeakSet()
+"""Those of all offloaders."""
+
+
+def _begin_anew() -> None:
+    """In a forked child none of the threads is there that may have held a lock."""
+    for lock in list(_locks):
+        lock._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+os.register_at_fork(after_in_child=_begin_anew)
+
 
 class Offloader:
     """Moves what sections save for backward off the device, and back. Made by `lighterage.offload`.
@@ -48,6 +62,7 @@ class Offloader:
     ) -> None:
         self._policy = policy
         self._lock = threading.RLock()
+        _locks.add(self._lock)
         self._modules = SectionModules(modules)
         check_rules(policy, self._modules, stacklevel=3)
         self._residents = Residents(self._modules.all_modules)

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
+from ..errors import OffloadError
 from .handles import unpack
 from .hooks import Runner
 from .ledger import Ledger
 from .modules import SectionModules
 from .planning import Autoplan
 from .policy import Policy
-from .scopes import BetweenSections, Pack, Recorder, enter, leave, why_stand_aside
+from .scopes import BetweenSections, Pack, Recorder, enter, leave, pop_if_on_top, why_stand_aside
 from .sections import KEEP_LAST, KEEP_SECTION, LiveSection, Section, SectionCall
 from .steps import Steps
 
@@ -71,29 +71,32 @@ class Opener:
         """The scope of code that was given a name."""
         return SectionScope(self, name, None, plan, None)
 
-    @contextlib.contextmanager
-    def around_root(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> Iterator[None]:
+    def around_root(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool) -> RootScope:
         """The scope of one call of the module that all sections are inside of."""
         del args, kwargs, compiled
+        return RootScope(self)
+
+    def open_root(self) -> BetweenSections | None:
+        """What packs the saves between sections in a call that begins now; None where it stands aside."""
         reason = self._why_stand_aside()
         if reason is not None:
             self._ledger.stood_aside[(self._modules.root_name, reason)] += 1
-            yield
-            return
+            return None
         if self._auto is not None:
             with self._lock:
                 self._steps.tidy()
                 self._steps.may_begin(self._threads.between)
-        between = BetweenSections(self)
+        return BetweenSections(self)
+
+    def enter_root(self, between: BetweenSections) -> None:
+        """The calling thread is inside of the call."""
         self._threads.between.append(between)
-        enter(between)
-        try:
-            with torch.autograd.graph.saved_tensors_hooks(between, unpack):
-                yield
-        finally:
-            leave(between)
+
+    def leave_root(self, between: BetweenSections) -> None:
+        """The calling thread is inside of the call no more. Harmless when repeated."""
+        if between in self._threads.between:
             self._threads.between.remove(between)
-            between.end_stretch()
+        between.end_stretch()
 
     # --- standing aside -------------------------------------------------------------------------------------------
 
@@ -157,8 +160,8 @@ class Opener:
         with self._lock:
             self._steps.tidy()
             self._steps.may_begin(self._threads.between)
-            self._steps.opened()
             section = Section(self._steps, name, keep_reason, gap, by_hand)
+            self._steps.opened(section)
             if self._auto is not None:
                 around = self._auto.events.opened(section, call)
             return section, around
@@ -212,7 +215,7 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
     A class, not a generator: of what a section costs the host, the frames of nested context managers were a sixth.
     """
 
-    __slots__ = ("_call", "_name", "_opener", "_plan", "_position", "_running")
+    __slots__ = ("_call", "_name", "_opener", "_plan", "_position", "running")
 
     def __init__(
         self, opener: Opener, name: str, position: int | None, plan: SectionPlan, call: SectionCall | None
@@ -222,7 +225,8 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
         self._position = position
         self._plan = plan
         self._call = call
-        self._running: _Running | None = None
+        self.running: _Running | None = None
+        """What `drop` has to undo; None before and after."""
 
     def __enter__(self) -> LiveSection | None:
         opener = self._opener
@@ -238,43 +242,93 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
         live.runner = opener.runner_of(section, pack)
         recorder = Recorder(pack, section)
         hooks = torch.autograd.graph.saved_tensors_hooks(recorder, unpack)
+        self.running = section, around, recorder, hooks, before
         try:
             hooks.__enter__()
             enter(recorder)
-            try:
-                around.__enter__()
-            except BaseException:
-                leave(recorder)
-                hooks.__exit__()
-                raise
+            around.__enter__()
         except BaseException:
-            opener.abandon(section)
+            self.drop()
             raise
-        self._running = section, around, recorder, hooks, before
         return live
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        running, opener = self._running, self._opener
-        if running is None:
+        if self.running is None:
             return
-        # Whoever keeps this object keeps nothing of the section.
-        self._running = None
-        section, around, recorder, hooks, before = running
-        del running
+        section, around, recorder, hooks, before = self.running
         try:
-            try:
-                around.__exit__(kind, error, traceback)
-            finally:
-                leave(recorder)
+            around.__exit__(kind, error, traceback)
+            if leave(recorder):
                 hooks.__exit__()
-        except BaseException:
-            opener.abandon(section)
-            raise
-        if kind is not None:
-            opener.abandon(section)
+            elif kind is None:
+                raise OffloadError(
+                    f"section {section.name!r} is left in another thread than it was entered in, whose saved-tensor "
+                    "hooks cannot be taken off here. Enter and leave it in one thread."
+                )
+            if kind is None:
+                if before is not None:
+                    self._opener.note_growth(section, before)
+                self._opener.close_section(section)
+                self.running = None
+        finally:
+            if self.running is not None:
+                self.drop()
+
+    def drop(self) -> None:
+        """End the section without copying anything more of it, whatever of its beginning and its end was done."""
+        if self.running is None:
             return
-        if before is not None:
-            opener.note_growth(section, before)
-        opener.close_section(section)
+        section, _, recorder, hooks, _ = self.running
+        pop_if_on_top(hooks)
+        leave(recorder)
+        self._opener.abandon(section)
+        self.running = None  # whoever keeps this object keeps nothing of the section
+
+
+class RootScope(contextlib.AbstractContextManager[None]):
+    """Around one call of the module that all sections are inside of; entered once."""
+
+    __slots__ = ("_opener", "running")
+
+    def __init__(self, opener: Opener) -> None:
+        self._opener = opener
+        self.running: tuple[BetweenSections, torch.autograd.graph.saved_tensors_hooks] | None = None
+        """What `drop` has to undo; None before and after."""
+
+    def __enter__(self) -> None:
+        between = self._opener.open_root()
+        if between is None:
+            return
+        hooks = torch.autograd.graph.saved_tensors_hooks(between, unpack)
+        self.running = between, hooks
+        try:
+            self._opener.enter_root(between)
+            enter(between)
+            hooks.__enter__()
+        except BaseException:
+            self.drop()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.running is None:
+            return
+        between, hooks = self.running
+        try:
+            if leave(between):
+                hooks.__exit__()
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """End the call, whatever of its beginning and its end was done."""
+        if self.running is None:
+            return
+        between, hooks = self.running
+        pop_if_on_top(hooks)
+        leave(between)
+        self._opener.leave_root(between)
+        self.running = None

@@ -19,7 +19,7 @@ from .policy import Policy
 from .sections import Section
 from .stores import Stores
 from .traffic import Traffic
-from .views import byte_range, describe, emptied_alias
+from .views import byte_range, describe, emptied_alias, settled_version
 from .wrappers import is_wrapper, parts_of, wait_for
 
 # Note [Few looks]
@@ -95,10 +95,11 @@ class Packer:
             if reason is not None or transport is None:
                 return self._keep(tensor, section, key, nbytes, reason or "on another device")
         capture = 0 if transport is None else transport.capture()
+        owner = tensor if base is None else base
         with self._lock:
             known = self._allocations.get(key)
             allocation = None if known is None else known()
-            if allocation is not None and not (allocation.capture == capture and allocation.shows(tensor)):
+            if allocation is not None and not (allocation.capture == capture and allocation.shows(tensor, owner)):
                 allocation = None
             if allocation is not None:
                 if reason is not None:
@@ -112,12 +113,12 @@ class Packer:
             if reason is not None or transport is None:
                 return self._keep(tensor, section, key, nbytes, reason or "on another device")
             alias = emptied_alias(tensor)
-            version = alias._version
+            version = settled_version(alias)
             spec = describe(tensor, nbytes)
             lo, hi = spec.lo, spec.hi
             if allocation is None or not allocation.takes(lo, hi):
                 allocation = Allocation(
-                    transport, storage, key, storage_bytes, address, alias, version, row, spec, capture
+                    transport, storage, key, storage_bytes, address, alias, version, row, spec, owner, capture
                 )
                 self._allocations[key] = section.allocations[id(allocation)] = weakref.ref(allocation)
                 if orders is not None:

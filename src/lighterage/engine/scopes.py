@@ -62,9 +62,24 @@ def enter(scope: Recorder | BetweenSections) -> None:
     _entered.stack.append(scope)
 
 
-def leave(scope: Recorder | BetweenSections) -> None:
-    """The calling thread is inside of `scope` no more."""
+def leave(scope: Recorder | BetweenSections) -> bool:
+    """The calling thread is inside of `scope` no more; whether it was."""
+    if scope not in _entered.stack:
+        return False
     _entered.stack.remove(scope)
+    return True
+
+
+def pop_if_on_top(hooks: torch.autograd.graph.saved_tensors_hooks) -> None:
+    """Take `hooks` off the calling thread's stack, if they are the ones that were pushed last."""
+    top = _top()
+    if top is not None and top[0] is hooks.pack_hook:
+        hooks.__exit__()
+
+
+def _top() -> tuple[object, object] | None:
+    # The stub leaves the None out that stands for an empty stack.
+    return cast(tuple[object, object] | None, torch._C._autograd._top_saved_tensors_default_hooks(True))
 
 
 def innermost() -> Recorder | BetweenSections | None:
@@ -129,8 +144,7 @@ def why_stand_aside() -> str | None:
         return "inside a torch.func transform"
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return "saved-tensor hooks are disabled"
-    # The stub leaves the None out that stands for an empty stack.
-    top = cast(tuple[object, object] | None, torch._C._autograd._top_saved_tensors_default_hooks(True))
+    top = _top()
     if top is None or isinstance(top[0], Recorder | BetweenSections):
         return None
     module = getattr(top[0], "__module__", type(top[0]).__module__)

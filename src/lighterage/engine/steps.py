@@ -56,9 +56,8 @@ class Steps:
         self._live: dict[int, weakref.ref[Section]] = {}
         self._ended: collections.deque[tuple[int, int]] = collections.deque()
         self._unreleased: collections.deque[weakref.ref[Section]] = collections.deque()
-        self._num_open = 0
+        self._open: dict[int, weakref.ref[Section]] = {}
         self._num_passed = 0
-        self._settled = False
         self._prepared_for: Plan | None = None
         self._named: dict[str, None] = {}
         self._kept_names: frozenset[str] | None = None
@@ -77,18 +76,24 @@ class Steps:
 
     def may_begin(self, between: Sequence[BetweenSections]) -> None:
         """If nothing of a step is there yet, one begins. `between`: the scopes that the calling thread is inside of."""
-        if self._auto is None or self._live or self._num_open or self._ledger.step.rows:
+        if self._auto is None or self._live or self._any_open() or self._ledger.step.rows:
             return
         if not any(one.begun for one in between):
             self._auto.step_begins()
             if self._auto.plan is not self._prepared_for:
                 self._prepared_for = self._auto.plan
                 self._stores.prepare()
-                self._settled = False
 
-    def opened(self) -> None:
+    def opened(self, section: Section) -> None:
         """One more section is open."""
-        self._num_open += 1
+        self._open[id(section)] = weakref.ref(section)
+
+    def _any_open(self) -> bool:
+        """Whether a section is open. One that is gone is not: an interrupt may have ended it before it began."""
+        # An id outlives its object, but each object that is opened takes the place of a dead one under its id.
+        if self._open and all(ref() is None for ref in list(self._open.values())):
+            self._open.clear()
+        return bool(self._open)
 
     def why_kept(self, name: str, position: int | None) -> str | None:
         """Why a section stays on the device, if it is one of the last; `position`: its place among the modules."""
@@ -124,18 +129,18 @@ class Steps:
         return note
 
     def abandon(self, section: Section) -> None:
-        """An exception ended the section: nothing of it is worth copying."""
-        section.open = False
-        self._num_open -= 1
+        """An exception ended the section: nothing of it is worth copying. Harmless when repeated."""
+        was_open, section.open = section.open, False
+        self._open.pop(id(section), None)
         self._traffic.forget(section)
-        if self._auto is not None:
+        if self._auto is not None and was_open:
             self._auto.events.abandoned()
 
     def close_section(self, section: Section) -> None:
         """The section's forward has ended: start what is left to copy, and release what has had its time."""
         with self._lock:
             section.open = False
-            self._num_open -= 1
+            self._open.pop(id(section), None)
             self._traffic.flush()
             if section.index is not None:
                 section.ended_at = self._num_passed
@@ -226,18 +231,18 @@ class Steps:
         """Take note of what finalizers left behind: sections that ended, memory that was buried."""
         self._drop_buried()
         while self._ended:
-            step, index = self._ended.popleft()
+            step, index = self._ended[0]
             if step == self._ledger.num_steps:
                 self._live.pop(index, None)
-        if not self._live and self._num_open == 0:
+            self._ended.popleft()  # last: a note that an interrupt comes upon is read again
+        if not self._live and not self._any_open():
             if self._ledger.step.rows:
                 self._finish()
             if self.closed:
                 self._shut()
 
     def _finish(self) -> None:
-        if not self._settled:
-            self._settled = self._stores.settle()
+        self._stores.settle()
         if self._auto is not None:
             self._auto.step_ended()
         self._last_release_waits = Waits(self._release_waits)

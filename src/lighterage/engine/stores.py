@@ -89,10 +89,10 @@ class Stores:
         for arena in self._arenas.values():
             arena.prepare()
 
-    def settle(self) -> bool:
-        """A step is over: whether it is known by now what rests at once."""
-        settled = [arena.settle() for arena in self._arenas.values()]
-        return all(settled)
+    def settle(self) -> None:
+        """A step is over: arenas of which it is known by now what rests at once commit nothing more in advance."""
+        for arena in self._arenas.values():
+            arena.settle()
 
     def _arena(self, pinned: bool) -> Arena:
         if pinned not in self._arenas:

@@ -348,6 +348,7 @@ class Traffic:
         """
         # What is back stays back, but for captures: without the lock this may be seen too late, but not too early.
         context = allocation.context()
+        held = None
         if allocation.stage is not _BACK or allocation.unused is not None or allocation.back_in != context:
             with self._lock:
                 if allocation.stage is _BACK and allocation.back_in != context:
@@ -357,10 +358,11 @@ class Traffic:
                 elif allocation.stage is _HELD:
                     allocation.wanted = allocation.wanted or in_backward
                     allocation.join()
+                    held = allocation.ground()
                 unused, allocation.unused = allocation.unused, None
                 if unused is not None and unused.use(id(allocation)) and self._queue:
                     self._pump()
-        tensor, wait = allocation.use(spec)
+        tensor, wait = allocation.use(spec, held)
         if wait is not None:
             with self._lock:
                 self._ledger.step.note_wait(allocation.row, wait)

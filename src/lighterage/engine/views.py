@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from typing import NamedTuple
 
 import torch
@@ -115,18 +117,32 @@ def emptied_alias(tensor: torch.Tensor) -> torch.Tensor:
     return alias
 
 
+_comparing = threading.RLock()
+# In a forked child another thread may have held it for ever.
+os.register_at_fork(after_in_child=_comparing._at_fork_reinit)  # type: ignore[attr-defined]
+
+
 def share_counter(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether `a` and `b` have one version counter, rather than two that show the same number.
 
-    PyTorch has no question for that; so the counter of `a` is moved by one for a moment, and put back.
+    PyTorch has no question for that; so the counter of `a` is moved by one for a moment, and put back. Another thread
+    may look at it in that moment: those of the engine look again with `settled_version`, but PyTorch's own check of
+    what is saved elsewhere does not. So this is asked only where nothing else tells.
     """
-    now = a._version
-    bump = torch._C._autograd._unsafe_set_version_counter
-    bump((a,), (now + 1,))
-    try:
-        return b._version == now + 1
-    finally:
-        bump((a,), (now,))
+    with _comparing:
+        now = a._version
+        bump = torch._C._autograd._unsafe_set_version_counter
+        bump((a,), (now + 1,))
+        try:
+            return b._version == now + 1
+        finally:
+            bump((a,), (now,))
+
+
+def settled_version(tensor: torch.Tensor) -> int:
+    """What the version counter shows while nobody moves it to compare it with another."""
+    with _comparing:
+        return tensor._version
 
 
 def counter_of_wrapper(tensor: torch.Tensor) -> torch.Tensor:
