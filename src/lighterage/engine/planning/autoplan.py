@@ -254,7 +254,14 @@ class Autoplan:
         self._stage = Stage.PLANNING
         self._measurements.clear()
         if self._device.type == "cpu":
-            self._job.run()
+            try:
+                self._job.run()
+            except (
+                BaseException
+            ):  # Ctrl-C, which may be caught further out: training goes on, and its plan is still due
+                self._job = None
+                self._start_over()
+                raise
         else:
             background.start(self._job.run, "lighterage-plan")
 
