@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import lighterage
 from lighterage import Offloader
 from lighterage.engine.planning import checks, making
+from lighterage.engine.steps import Steps
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
 from tests.engine.test_plan_made import FAST, Layer, Model, everything, offload, pair, rows
 
@@ -284,6 +285,24 @@ def test_an_interrupt_while_the_plan_is_made_is_the_callers_and_a_plan_is_made_l
         assert offloader.plan is None
         assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
         assert offloader.plan is not None and offloader.plan.num_moves > 0
+
+
+def test_a_note_of_an_ended_section_that_an_interrupt_swallowed_holds_no_step_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python ignores what is raised within a finalizer, and goes on without what the finalizer was to do."""
+    plain, model = pair()
+    when_over, swallowed = Steps._when_over, [0]
+
+    def swallow(self: Steps, step: int, index: int) -> Callable[[object], None]:
+        swallowed[0] += 1
+        return when_over(self, step, index) if swallowed[0] != 7 else lambda _: None
+
+    monkeypatch.setattr(Steps, "_when_over", swallow)
+    with offload(model, max_slowdown=5.0) as offloader:
+        assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
+        assert offloader.plan is not None and offloader.plan.num_moves > 0
+        assert offloader.sections == []
 
 
 # --- rules that have sections computed again ------------------------------------------------------------------------

@@ -229,6 +229,9 @@ class Steps:
             step, index = self._ended.popleft()
             if step == self._ledger.num_steps:
                 self._live.pop(index, None)
+        if self._live and next(iter(self._live.values()))() is None:
+            # Python swallows a Ctrl-C that comes within a finalizer, and the note is lost.
+            self._live = {index: ref for index, ref in self._live.items() if ref() is not None}
         if not self._live and self._num_open == 0:
             if self._ledger.step.rows:
                 self._finish()
