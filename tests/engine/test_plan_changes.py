@@ -338,6 +338,30 @@ def test_a_rule_that_has_all_computed_again_passes_over_what_is_saved_between_se
         }
 
 
+def test_a_rule_over_layers_that_some_step_drops_stops_no_step() -> None:
+    """Each step drops another layer, so that none tells of all of them."""
+
+    def run(of: Model) -> list[tuple[Tensor, list[Tensor]]]:
+        results = []
+        for step in range(24):
+            torch.manual_seed(step)
+            of.zero_grad(set_to_none=True)
+            x = rows()[0]
+            for number, layer in enumerate(of.layers):
+                if number != step % 5:
+                    x = layer(x)
+            loss = x.square().mean()
+            loss.backward()
+            results.append((loss.detach(), grads_of(of)))
+        return results
+
+    plain, model = pair()
+    with offload(model, max_slowdown=5.0, rules=[("*", "recompute")]) as offloader:
+        assert_equal(run(plain), run(model))
+        assert offloader.plan is not None
+        assert "recompute" in {section.mode for section in offloader.plan.sections}
+
+
 def test_a_rule_wins_over_never() -> None:
     plain, model = pair()
     with offload(model, max_slowdown=0.0, recompute="never", rules=[("*.1", "recompute")]) as offloader:

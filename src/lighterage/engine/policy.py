@@ -114,7 +114,8 @@ class Policy:
     rules: Sequence[Rule] = ()
     """What binds the plan, the first that matches: pairs such as `("*.mlp", "offload")` or `("*.norm*", "keep")`, whose
     pattern is that of file names and matches sections and the modules inside them. A third part matches shape and
-    dtype: `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again."""
+    dtype: `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again, whatever `recompute`
+    says of the others."""
 
     def __post_init__(self) -> None:
         for name in ("keep_last", "min_bytes", "release_after", "prefetch_ahead"):

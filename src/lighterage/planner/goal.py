@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from .layout import is_saved
 from .plan import Mode
-from .timeline import MOST_BYTES, SavedAllocation, SectionRecord, Timeline
+from .timeline import MOST_BYTES, NOT_SEEN, SavedAllocation, SectionRecord, Timeline
 
 MOST_SLOWDOWN = 1e15
 """So that what it allows can still be told in figures."""
@@ -95,7 +95,7 @@ def choices(timeline: Timeline, goal: Goal) -> Choices:
     modes: list[tuple[Mode, ...]] = []
     for index, section in enumerate(timeline.sections):
         whole = _whole(section, goal.rules, used)
-        if whole == "recompute":
+        if whole == "recompute" and section.not_recomputed != NOT_SEEN:
             if section.not_recomputed is not None:
                 raise ValueError(
                     f"a rule has {section.name} computed again, which must not be: {section.not_recomputed}. "

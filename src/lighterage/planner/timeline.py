@@ -19,6 +19,9 @@ matrix product or of attention; dear to compute. `"pointwise"`: anything that is
 `"other"`: of unknown origin; treated like a product.
 """
 
+NOT_SEEN = "it was not seen running"
+"""Why a section is not computed again that did not run in the step which told what can be: steps drop layers, say."""
+
 # What is beyond these was not measured, and figures made of it would be none: sums of them stay finite.
 MOST_BYTES, MOST_MS = 1 << 63, 1e15
 LEAST_BYTES_PER_S, MOST_COPY_US = 1e-3, 1e15

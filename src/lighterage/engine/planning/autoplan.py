@@ -130,6 +130,7 @@ class Autoplan:
         self._course = Course(plan, timeline, self._measurements.recipes())
         self.timeline = timeline
         self.prediction = None
+        self.checks.new_plan()
         self._stage = Stage.PLANNED
         self._steps = 0
 
