@@ -234,3 +234,14 @@ def test_a_timeline_of_nothing_is_told(tmp_path, capsys):
     file.write_text(Timeline(sections=(), phases=()).to_json())
     assert main(["whatif", str(file), "--out", str(tmp_path / "c.png")]) == 2
     assert "is of a step that takes no time" in capsys.readouterr().err
+
+
+def test_a_timeline_of_a_step_without_memory_is_told(tmp_path, capsys):
+    """Such is that of a small model on the CPU, all of whose tensors are under `min_bytes`."""
+    timeline = decoder(2)
+    phases = tuple(dataclasses.replace(phase, work_bytes=0) for phase in timeline.phases)
+    sections = tuple(dataclasses.replace(section, allocations=()) for section in timeline.sections)
+    file = tmp_path / "small.json"
+    file.write_text(dataclasses.replace(timeline, phases=phases, sections=sections).to_json())
+    assert main(["whatif", str(file), "--out", str(tmp_path / "c.png")]) == 2
+    assert "takes no memory" in capsys.readouterr().err
