@@ -103,8 +103,8 @@ def _timeline(path: Path) -> Timeline:
     )
     if not nbytes:
         raise ValueError(
-            f"{path} is of a step that takes no memory, so there is none to save. Measure a larger one: what is smaller "
-            "than min_bytes is not told."
+            f"{path} is of a step that takes no memory, so there is none to save. Measure a larger one: what is "
+            "smaller than min_bytes is not told."
         )
     if timeline.step_ms > _MOST_MS or nbytes > _MOST_BYTES:
         raise ValueError(

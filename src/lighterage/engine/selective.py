@@ -113,7 +113,7 @@ class _Store:
 class _Keeping(TorchDispatchMode):
     """Runs around the forward: puts by what it is told to."""
 
-    def __init__(self, store: _Store, choose: Choose, again_if_overwritten: bool) -> None:
+    def __init__(self, store: _Store, choose: Choose, again_if_overwritten: Callable[[Hold], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._choose = choose
@@ -126,7 +126,8 @@ class _Keeping(TorchDispatchMode):
             return out
         entries = self._store.entries[func]
         hold = self._choose(func, len(entries), args, kwargs, out)
-        if hold is None:
+        # What writes to its arguments has to do so again: whoever called it may look at those.
+        if hold is None or func._schema.is_mutable:
             entries.append(None)
             return out
         random = None
@@ -136,7 +137,7 @@ class _Keeping(TorchDispatchMode):
         # Below autograd a detached alias has a version counter of its own, unless this key is let in again.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             held = tree_map(lambda x: hold(x) if isinstance(x, torch.Tensor) else _Plain(x), out)
-            plain = [x for x in tree_leaves(out) if type(x) is torch.Tensor] if self._again_if_overwritten else []
+            plain = [x for x in tree_leaves(out) if type(x) is torch.Tensor] if self._again_if_overwritten(hold) else []
             watched = [(emptied_alias(x), x._version) for x in plain]
         entries.append(_Entry(held, random, watched))
         return out
@@ -207,11 +208,13 @@ def _fresh(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def contexts(choose: Choose, *, again_if_overwritten: bool = False) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def contexts(
+    choose: Choose, *, again_if_overwritten: Callable[[Hold], bool]
+) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """The two contexts of one checkpointed call: around its forward, and around its recomputation.
 
-    `again_if_overwritten`: whether what was put by, and changed in place since, is computed again. Otherwise that is
-    reported when it is needed, as PyTorch reports it.
+    `again_if_overwritten`: whether what was put by in this way, and changed in place since, is computed again.
+    Otherwise that is reported when it is needed, as PyTorch reports it.
     """
     store = _Store()
     return _Keeping(store, choose, again_if_overwritten), _HandingOut(store)
