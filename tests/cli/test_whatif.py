@@ -145,9 +145,12 @@ def test_the_timeline_is_not_written_over(timeline_file, capsys):
         ),
         (lambda text: re.sub('"ms": [0-9.]*', '"ms": 1e400', text, count=1), "cannot take inf ms"),
         (lambda text: re.sub('"ms": [0-9.]*', '"ms": NaN', text, count=1), "cannot take nan ms"),
-        (lambda text: re.sub('"ms": [0-9.]*', '"ms": 1e300', text, count=1), "there is no such device"),
-        (lambda text: re.sub('"held_bytes": [0-9]*', '"held_bytes": 1' + 40 * "0", text), "there is no such device"),
-        (lambda text: re.sub('"work_bytes": [0-9]*', '"work_bytes": 1' + 40 * "0", text), "there is no such device"),
+        (lambda text: re.sub('"ms": [0-9.]*', '"ms": 1e300', text, count=1), "beyond measure"),
+        (lambda text: re.sub('"ms": [0-9.]*', '"ms": 1e13', text, count=1), "there is no such device"),
+        (lambda text: re.sub('"held_bytes": [0-9]*', '"held_bytes": 1' + 40 * "0", text), "which no machine has"),
+        (lambda text: re.sub('"held_bytes": [0-9]*', f'"held_bytes": {1 << 62}', text), "there is no such device"),
+        (lambda text: re.sub('"work_bytes": [0-9]*', '"work_bytes": 1' + 40 * "0", text), "beyond measure"),
+        (lambda text: re.sub('"work_bytes": [0-9]*', f'"work_bytes": {1 << 62}', text), "there is no such device"),
         (lambda text: re.sub('"work_bytes": [0-9]*', '"work_bytes": ' + 5000 * "9", text), "4300 digits"),
         (lambda text: re.sub('"nbytes": [0-9]*', '"nbytes": -5', text, count=1), "moves -5 of"),
     ],
@@ -231,3 +234,14 @@ def test_a_timeline_of_nothing_is_told(tmp_path, capsys):
     file.write_text(Timeline(sections=(), phases=()).to_json())
     assert main(["whatif", str(file), "--out", str(tmp_path / "c.png")]) == 2
     assert "is of a step that takes no time" in capsys.readouterr().err
+
+
+def test_a_timeline_of_a_step_without_memory_is_told(tmp_path, capsys):
+    """Such is that of a small model on the CPU, all of whose tensors are under `min_bytes`."""
+    timeline = decoder(2)
+    phases = tuple(dataclasses.replace(phase, work_bytes=0) for phase in timeline.phases)
+    sections = tuple(dataclasses.replace(section, allocations=()) for section in timeline.sections)
+    file = tmp_path / "small.json"
+    file.write_text(dataclasses.replace(timeline, phases=phases, sections=sections).to_json())
+    assert main(["whatif", str(file), "--out", str(tmp_path / "c.png")]) == 2
+    assert "takes no memory" in capsys.readouterr().err

@@ -188,6 +188,31 @@ def test_a_tensor_that_was_put_by_and_then_written_to_is_refused() -> None:
         out.sum().backward()
 
 
+@pytest.mark.parametrize("scoped", [False, True])
+def test_what_is_preferred_on_the_host_and_written_over_is_computed_again(scoped: bool) -> None:
+    """PyTorch computes all of it again; dropout on a CPU writes to what it draws."""
+
+    def block(x: Tensor, w: Tensor) -> Tensor:
+        h = nn.functional.dropout(x @ w, 0.5)
+        return h.add_(1.0).sin() * h
+
+    def moved(context: object, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.PREFER_CPU_OFFLOAD
+
+    x, start = torch.randn(8, 8), torch.randn(8, 8)
+    grads = []
+    for context_fn in (None, selective_checkpoint_contexts(moved)):
+        w = start.clone().requires_grad_()
+        torch.manual_seed(0)
+        given = {} if context_fn is None else {"context_fn": context_fn}
+        layer = nn.Module()
+        layer.forward = functools.partial(checkpoint, block, use_reentrant=False, **given)
+        with lighterage.offload([layer], keep_last=0, min_bytes=1) if scoped else contextlib.nullcontext():
+            layer(x, w).sum().backward()
+        grads.append(w.grad)
+    assert torch.equal(*grads)
+
+
 def test_a_list_of_operators_is_saved() -> None:
     plain, other, x = pair(selective_checkpoint_contexts([mm]))
     expected, _ = run(plain, x)

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import lighterage
 from lighterage import Offloader
-from lighterage.engine.planning import checks
+from lighterage.engine.planning import checks, making
+from lighterage.engine.steps import Steps
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
 from tests.engine.test_plan_made import FAST, Layer, Model, everything, offload, pair, rows
 
@@ -259,3 +261,111 @@ def test_a_budget_that_a_step_broke_is_planned_for_anew_or_told(fraction: float)
         report = offloader.report()
         assert report.measured_peak_bytes is not None
         assert report.measured_peak_bytes <= budget or "more than the budget" in str(report)
+
+
+# --- what stops a plan ----------------------------------------------------------------------------------------------
+
+
+def test_an_interrupt_while_the_plan_is_made_is_the_callers_and_a_plan_is_made_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain, model = pair()
+    make_plan, interrupts = making.make_plan, [True]
+
+    def interrupted(*given: Any) -> Any:
+        if interrupts:
+            interrupts.clear()
+            raise KeyboardInterrupt
+        return make_plan(*given)
+
+    monkeypatch.setattr(making, "make_plan", interrupted)
+    with offload(model, max_slowdown=5.0) as offloader:
+        with pytest.raises(KeyboardInterrupt):
+            train(model, rows(), STEPS_TO_PLAN)
+        assert offloader.plan is None
+        assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
+        assert offloader.plan is not None and offloader.plan.num_moves > 0
+
+
+def test_a_note_of_an_ended_section_that_an_interrupt_swallowed_holds_no_step_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Python ignores what is raised within a finalizer, and goes on without what the finalizer was to do."""
+    plain, model = pair()
+    when_over, swallowed = Steps._when_over, [0]
+
+    def swallow(self: Steps, step: int, index: int) -> Callable[[object], None]:
+        swallowed[0] += 1
+        return when_over(self, step, index) if swallowed[0] != 7 else lambda _: None
+
+    monkeypatch.setattr(Steps, "_when_over", swallow)
+    with offload(model, max_slowdown=5.0) as offloader:
+        assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
+        assert offloader.plan is not None and offloader.plan.num_moves > 0
+        assert offloader.sections == []
+
+
+# --- rules that have sections computed again ------------------------------------------------------------------------
+
+
+def test_a_rule_over_layers_that_save_nothing_large_is_followed() -> None:
+    """No peak is told of such steps: there is nothing to compare with."""
+    plain, model = pair()
+    rules = [("*", "recompute")]
+    with offload(model, max_slowdown=5.0, rules=rules, min_bytes=1 << 30) as offloader:
+        assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
+        assert offloader.plan is not None
+        assert {section.mode for section in offloader.plan.sections} == {"recompute"}
+
+
+def test_a_rule_that_has_all_computed_again_passes_over_what_is_saved_between_sections() -> None:
+    class Between(Model):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x).sin()
+            return x
+
+    torch.manual_seed(0)
+    plain = Between()
+    model = copy.deepcopy(plain)
+    given = {"min_bytes": 64, "tier": "host", "max_slowdown": 5.0, "rules": [("*", "recompute")]}
+    with lighterage.offload(model, **given) as offloader:
+        assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
+        assert offloader.plan is not None and offloader.timeline is not None
+        assert {(s.gap, p.mode) for s, p in zip(offloader.timeline.sections, offloader.plan.sections, strict=True)} == {
+            (False, "recompute"),
+            (True, "save"),
+        }
+
+
+def test_a_rule_over_layers_that_some_step_drops_stops_no_step() -> None:
+    """Each step drops another layer, so that none tells of all of them."""
+
+    def run(of: Model) -> list[tuple[Tensor, list[Tensor]]]:
+        results = []
+        for step in range(24):
+            torch.manual_seed(step)
+            of.zero_grad(set_to_none=True)
+            x = rows()[0]
+            for number, layer in enumerate(of.layers):
+                if number != step % 5:
+                    x = layer(x)
+            loss = x.square().mean()
+            loss.backward()
+            results.append((loss.detach(), grads_of(of)))
+        return results
+
+    plain, model = pair()
+    with offload(model, max_slowdown=5.0, rules=[("*", "recompute")]) as offloader:
+        assert_equal(run(plain), run(model))
+        assert offloader.plan is not None
+        assert "recompute" in {section.mode for section in offloader.plan.sections}
+
+
+def test_a_rule_wins_over_never() -> None:
+    plain, model = pair()
+    with offload(model, max_slowdown=0.0, recompute="never", rules=[("*.1", "recompute")]) as offloader:
+        assert_equal(train(plain, rows(), SEVERAL), train(model, rows(), SEVERAL))
+        assert offloader.plan is not None
+        modes = [section.mode for section in offloader.plan.sections]
+        assert modes == ["save", "recompute", "save", "save", "save"]

@@ -62,7 +62,10 @@ def models(layers: int = 4) -> tuple[Model, Model]:
 @pytest.fixture(scope="module", params=["layers", "model"])
 def case(request: pytest.FixtureRequest) -> tuple[str, Timeline]:
     model, _ = models()
-    return request.param, measured(model, model.layers if request.param == "layers" else model, inputs())
+    given = model.layers if request.param == "layers" else model
+    timeline = measured(model, given, inputs(), recompute="auto")
+    assert all(section.gap or section.not_recomputed is None for section in timeline.sections)
+    return request.param, timeline
 
 
 def under(
@@ -122,3 +125,44 @@ def test_a_plan_goes_through_json_and_is_carried_out(case: tuple[str, Timeline])
     assert again == plan
     assert time_again == timeline
     under(again, time_again, given)
+
+
+class WritingOver(nn.Module):
+    """Writes over its products, and gives one away that its caller goes on to change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.down(self.up(x).relu_())
+        return y
+
+
+class WrittenOver(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(WritingOver() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            x.add_(1).mul_(0.5)
+        return x
+
+
+@pytest.mark.parametrize("learn", [False, True])
+def test_products_that_are_written_over_are_computed_again_where_a_plan_would_have_them_saved(learn: bool) -> None:
+    torch.manual_seed(0)
+    plain = WrittenOver()
+    model = copy.deepcopy(plain)
+    timeline = measured(model, model.layers, inputs(), recompute="auto")
+    assert all(s.not_recomputed is None and s.selective_ms is None for s in timeline.sections), "not for the planner"
+    expected = train(plain, inputs(), 3)
+    with lighterage.offload(model.layers, min_bytes=64, tier="host") as offloader:
+        if learn:
+            train(model, inputs(), STEPS_TO_PLAN)
+        for seed in range(3):
+            offloader.use_plan(random_plan(timeline, seed, modes=("selective",)), timeline)
+            assert_equal(expected, train(model, inputs(), 3))

@@ -557,6 +557,17 @@ def test_rules_name_modules_inside_sections(link: list[Link], recompute: str) ->
     assert not any(s.moves for s in plan.sections if s.name != "Layer.1")
 
 
+def test_what_was_seen_of_one_plan_is_not_told_of_the_next(link: list[Link]) -> None:
+    _, model = pair()
+    with offload(model, max_slowdown=5.0) as offloader:
+        train(model, rows(), STEPS_TO_PLAN + checks.FIRST_CHECK + 1)
+        assert offloader.report().measured_peak_bytes is not None
+        assert offloader.plan is not None and offloader.timeline is not None
+        offloader.use_plan(everything(offloader, "save"), offloader.timeline)
+        train(model, rows(), 1)
+        assert offloader.report().measured_peak_bytes is None
+
+
 def test_what_is_no_plan_is_told(link: list[Link]) -> None:
     _, model = pair()
     told = r"use_plan takes a lighterage\.Plan .* got a str and a str"

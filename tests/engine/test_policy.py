@@ -325,6 +325,9 @@ def test_two_ways_to_plan_at_once_are_refused_by_both_names(fields: dict[str, An
         ({"rules": "*.mlp"}, TypeError, "rules are pairs"),
         ({"rules": ["*.mlp"]}, TypeError, "a rule is a pattern and what becomes of it"),
         ({"rules": [("*.mlp", "move")]}, ValueError, 'a rule says "offload", "keep" or "recompute"'),
+        ({"rules": [("*", "recompute", "(8, 8) float32")]}, ValueError, "computed again whole"),
+        ({"device_budget": 10**400}, ValueError, "more than any machine has"),
+        ({"max_slowdown": 10**400}, ValueError, "such as 0.02"),
     ],
 )
 def test_what_a_plan_is_to_reach_is_checked(fields: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+from collections.abc import Iterator
 
 import pytest
 
+from lighterage.errors import BudgetError
 from lighterage.planner.choose import plan
 from lighterage.planner.goal import Goal
 from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
+from lighterage.planner.simulate import simulate
 from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from tests.planner import oracle
 from tests.planner.decoder import GIB, LINK, decoder
@@ -156,3 +159,67 @@ def test_what_a_plan_says_twice_is_told_with_its_places_and_what_to_do():
     twice = SectionPlan(name="L.1", moves=(Move(save=2, release_after=0), Move(save=2, release_after=1)))
     with pytest.raises(ValueError, match=r"moves save 2 of section 1 \(L\.1\) twice\. Leave one of the moves out"):
         Plan(sections=(sections[0], twice), fetches=())
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"out_bytes_per_s": 5e-324},
+        {"in_bytes_per_s": 10**400},
+        {"both_bytes_per_s": float("inf")},
+        {"copy_us": 1e308},
+        {"copy_us": 10**400},
+        {"copy_us": float("nan")},
+    ],
+)
+def test_a_link_beyond_all_measure_is_refused(fields):
+    with pytest.raises(ValueError):
+        dataclasses.replace(LINK, **fields)
+    with pytest.raises(ValueError):
+        Link.from_json(_changed(LINK.to_json(), **fields))
+
+
+@pytest.mark.parametrize("rate", [1.0, 1e30, 1e300])
+@pytest.mark.parametrize("goal", [Goal(max_slowdown=0.1), Goal(device_budget=7 * GIB)])
+def test_the_slowest_and_the_fastest_link_are_planned_for(rate, goal):
+    link = Link(out_bytes_per_s=rate, in_bytes_per_s=rate, both_bytes_per_s=rate)
+    made = plan(decoder(4), link, goal)
+    assert simulate(decoder(4), made, link).step_ms < float("inf")
+
+
+ABSURD = [None, True, -1, 0, 10**18, 10**30, 10**400, 1e308, -1e308, float("nan"), float("inf"), 5e-324, "", [], {}]
+
+
+def _places(data: object, path: tuple[object, ...] = ()) -> Iterator[tuple[object, ...]]:
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        yield (*path, key)
+        yield from _places(value, (*path, key))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_a_timeline_says_it_is_refused_or_planned_for(seed):
+    rng = random.Random(seed)
+    text = oracle.random_timeline(rng).to_json()
+    for _ in range(60):
+        data = json.loads(text)
+        *path, last = rng.choice(list(_places(data)))
+        at = data
+        for key in path:
+            at = at[key]
+        if rng.random() < 0.8:
+            at[last] = rng.choice(ABSURD)
+        else:
+            del at[last]
+        try:
+            timeline = Timeline.from_json(json.dumps(data))
+            made = plan(timeline, LINK, Goal(max_slowdown=0.1))
+            assert simulate(timeline, made, LINK).step_ms < float("inf")
+            plan(timeline, LINK, Goal(device_budget=1 << 20))
+        except (ValueError, BudgetError):
+            continue
+
+
+def test_a_number_of_thousands_of_digits_is_no_file():
+    with pytest.raises(ValueError, match="this is no link of lighterage but damaged"):
+        Link.from_json(_changed(LINK.to_json(), copy_us=0).replace('"copy_us": 0', f'"copy_us": {"9" * 5000}'))

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from lighterage.errors import BudgetError
 from lighterage.planner.choose import plan
 from lighterage.planner.goal import Goal
 from lighterage.planner.simulate import simulate
@@ -89,6 +90,31 @@ def test_what_must_stay_stays_and_what_must_not_run_again_does_not():
         plan(timeline, LINK, Goal(max_slowdown=2.0, rules=(("layers.0", "recompute"),)))
 
 
+def test_what_is_saved_between_sections_is_none_that_a_rule_has_computed_again():
+    """The pattern that names all layers matches the gaps between them too."""
+    timeline = decoder(4)
+    gap = dataclasses.replace(timeline.sections[1], name="Model, after layers.0", gap=True)
+    timeline = dataclasses.replace(timeline, sections=(timeline.sections[0], gap, *timeline.sections[2:]))
+    made = plan(timeline, LINK, Goal(max_slowdown=0.0, rules=(("*.0", "recompute"), ("*", "keep"))))
+    assert [section.mode for section in made.sections] == ["recompute", "save", "save", "save"]
+    assert not any(section.moves for section in made.sections[1:])
+    with pytest.raises(ValueError, match="matches the rule"):
+        plan(timeline, LINK, Goal(max_slowdown=0.0, rules=(("Model, after*", "recompute"),)))
+
+
+def test_a_rule_over_sections_that_save_nothing_is_followed():
+    timeline = decoder(2)
+    phases = tuple(dataclasses.replace(phase, work_bytes=0) for phase in timeline.phases)
+    empty = tuple(dataclasses.replace(section, allocations=()) for section in timeline.sections)
+    goal = Goal(max_slowdown=1.0, rules=(("*", "recompute"),))
+    made = plan(dataclasses.replace(timeline, sections=empty, phases=phases), LINK, goal)
+    assert [section.mode for section in made.sections] == ["recompute", "recompute"]
+    assert "a peak of 0 bytes instead of 0 bytes in" in made.why
+    phases = tuple(dataclasses.replace(phase, ms=0.0) for phase in timeline.phases)
+    with pytest.raises(BudgetError, match="smallest peak"):
+        plan(dataclasses.replace(timeline, phases=phases), LINK, Goal(device_budget=1))
+
+
 def test_a_rule_that_matches_nothing_names_the_sections():
     with pytest.raises(
         ValueError, match=r"matches the rule \('\*\.mpl', 'keep'\)\. The sections are: layers\.0, layers"
@@ -124,6 +150,8 @@ def test_a_goal_that_is_none_is_refused(fields, message):
         ({"device_budget": 0}, ValueError, "above 0"),
         ({"max_slowdown": "2%"}, TypeError, "0.02 for 2 %"),
         ({"max_slowdown": float("nan")}, ValueError, "0.02 for 2 %"),
+        ({"max_slowdown": 10**400}, ValueError, "0.02 for 2 %"),
+        ({"device_budget": 10**400}, ValueError, "as a device has"),
     ],
 )
 def test_a_goal_that_is_none_is_told(given, error, told):

@@ -101,6 +101,11 @@ def _timeline(path: Path) -> Timeline:
         [phase.work_bytes for phase in timeline.phases]
         + [allocation.held_bytes for section in timeline.sections for allocation in section.allocations]
     )
+    if not nbytes:
+        raise ValueError(
+            f"{path} is of a step that takes no memory, so there is none to save. Measure a larger one: what is "
+            "smaller than min_bytes is not told."
+        )
     if timeline.step_ms > _MOST_MS or nbytes > _MOST_BYTES:
         raise ValueError(
             f"{path} is of a step of {timeline.step_ms:.3g} ms with {nbytes:.3g} bytes in one place: there is no such "

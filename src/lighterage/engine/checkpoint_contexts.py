@@ -36,7 +36,9 @@ def selective_checkpoint_contexts(
     `CheckpointPolicy.MUST_CPU_OFFLOAD` and `PREFER_CPU_OFFLOAD` name is moved and comes back, where PyTorch computes it
     again. It moves as the innermost lighterage scope around the checkpoint moves things; where there is none (no
     offloader, or one whose sections are the checkpointed layers themselves), it is copied to plain host memory, for
-    which the host waits. Random operators that are not computed again leave the generators as they did in forward.
+    which the host waits. Operators that write to their arguments are always computed again, and so is what
+    `PREFER_CPU_OFFLOAD` names and is written over before backward. Random operators that are not computed again leave
+    the generators as they did in forward.
 
     Args:
         policy: a function of (context, operator, *args, **kwargs) that gives a `CheckpointPolicy`; or a list of
@@ -54,7 +56,9 @@ def selective_checkpoint_contexts(
             "policy is a function that gives a CheckpointPolicy, or a list of operators such as "
             f"torch.ops.aten.mm.default; got {policy!r}."
         )
-    return functools.partial(contexts, functools.partial(_choose, function))
+    return functools.partial(
+        contexts, functools.partial(_choose, function), again_if_overwritten=lambda hold: hold is _move_or_again
+    )
 
 
 def _are_operators(policy: object) -> TypeGuard[Sequence[Op]]:
@@ -74,7 +78,14 @@ def _choose(
         chosen = CheckpointPolicy.MUST_SAVE if chosen else CheckpointPolicy.PREFER_RECOMPUTE
     if chosen in _SAVE:
         return HeldHere
-    return _move if chosen in _OFFLOAD else None
+    if chosen not in _OFFLOAD:
+        return None
+    return _move if chosen is _OFFLOAD[0] else _move_or_again
+
+
+def _move_or_again(tensor: torch.Tensor) -> Held:
+    """As `_move`, for what is preferred and no more: what is written over since is computed again."""
+    return _move(tensor)
 
 
 def _move(tensor: torch.Tensor) -> Held:

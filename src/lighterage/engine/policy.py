@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import fnmatch
 import os
 import re
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ for _power, _prefix in enumerate("KMGT", start=1):
 
 
 _MOST_BYTES = 2.0**63
+_MOST_SLOWDOWN = 1e15
 
 
 def parse_bytes(value: int | str, *, name: str) -> int:
@@ -37,6 +38,8 @@ def parse_bytes(value: int | str, *, name: str) -> int:
         return int(nbytes)
     if value < 0:
         raise ValueError(f"{name} cannot be negative; got {value}. Leave it out for no limit.")
+    if value > _MOST_BYTES:
+        raise ValueError(f"{name} is more than any machine has: {str(value)[:40]}. Leave it out for no limit.")
     return int(value)
 
 
@@ -111,7 +114,8 @@ class Policy:
     rules: Sequence[Rule] = ()
     """What binds the plan, the first that matches: pairs such as `("*.mlp", "offload")` or `("*.norm*", "keep")`, whose
     pattern is that of file names and matches sections and the modules inside them. A third part matches shape and
-    dtype: `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again."""
+    dtype: `("*", "keep", "(8192, *) bfloat16")`. `"recompute"` has a whole section computed again, whatever `recompute`
+    says of the others."""
 
     def __post_init__(self) -> None:
         for name in ("keep_last", "min_bytes", "release_after", "prefetch_ahead"):
@@ -154,7 +158,7 @@ class Policy:
             value = self.max_slowdown
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"max_slowdown is a part of the step, such as 0.02; got {value!r}.")
-            if not 0 <= value < math.inf:
+            if not 0 <= value <= _MOST_SLOWDOWN:
                 raise ValueError(f"max_slowdown is a part of the step, such as 0.02, and not negative; got {value!r}.")
             if self.device_budget is not None:
                 raise ValueError(
@@ -181,6 +185,11 @@ class Policy:
                     'a rule says "offload", "keep" or "recompute" of a pattern, and may add one of shape and dtype: '
                     f'("*.mlp", "offload") or ("*", "keep", "(8192, *) bfloat16"); got {rule!r}.'
                 )
+            if len(rule) == 3 and rule[1] == "recompute":
+                raise ValueError(
+                    f"a section is computed again whole, and a rule cannot name shapes of it; got {rule!r}. Leave the "
+                    "third part out."
+                )
 
     @property
     def device_budget_bytes(self) -> int | None:
@@ -199,6 +208,11 @@ class Policy:
             asked = self.device_budget is not None or self.max_slowdown is not None
             return asked or any(rule[1] == "recompute" for rule in self.rules)
         return self.recompute == "auto"
+
+    def may_compute_again(self, section: str) -> bool:
+        """Whether a plan may compute the section of this name again: a rule that says so wins over `recompute`."""
+        whole = next((r[1] for r in self.rules if len(r) == 2 and fnmatch.fnmatchcase(section, r[0])), None)
+        return self.may_recompute or whole == "recompute"
 
     @property
     def by_hand(self) -> bool:

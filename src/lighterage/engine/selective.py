@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from ..errors import OffloadError
@@ -89,11 +89,18 @@ def _module(device: torch.device) -> Any:
 
 
 class _Entry:
-    __slots__ = ("held", "random")
+    __slots__ = ("_watched", "held", "random")
 
-    def __init__(self, held: Any, random: _RandomState | None) -> None:
+    def __init__(self, held: Any, random: _RandomState | None, watched: list[tuple[torch.Tensor, int]]) -> None:
+        """`watched`: aliases of the tensors that were put by, without their memory, and their versions then."""
         self.held = held
         self.random = random
+        self._watched = watched
+
+    @property
+    def is_overwritten(self) -> bool:
+        """Whether what was put by has been written over since."""
+        return any(alias._version != version for alias, version in self._watched)
 
 
 class _Store:
@@ -106,10 +113,11 @@ class _Store:
 class _Keeping(TorchDispatchMode):
     """Runs around the forward: puts by what it is told to."""
 
-    def __init__(self, store: _Store, choose: Choose) -> None:
+    def __init__(self, store: _Store, choose: Choose, again_if_overwritten: Callable[[Hold], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
         self._choose = choose
+        self._again_if_overwritten = again_if_overwritten
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -118,7 +126,8 @@ class _Keeping(TorchDispatchMode):
             return out
         entries = self._store.entries[func]
         hold = self._choose(func, len(entries), args, kwargs, out)
-        if hold is None:
+        # What writes to its arguments has to do so again: whoever called it may look at those.
+        if hold is None or func._schema.is_mutable:
             entries.append(None)
             return out
         random = None
@@ -128,7 +137,9 @@ class _Keeping(TorchDispatchMode):
         # Below autograd a detached alias has a version counter of its own, unless this key is let in again.
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
             held = tree_map(lambda x: hold(x) if isinstance(x, torch.Tensor) else _Plain(x), out)
-        entries.append(_Entry(held, random))
+            plain = [x for x in tree_leaves(out) if type(x) is torch.Tensor] if self._again_if_overwritten(hold) else []
+            watched = [(emptied_alias(x), x._version) for x in plain]
+        entries.append(_Entry(held, random, watched))
         return out
 
 
@@ -171,6 +182,8 @@ class _HandingOut(TorchDispatchMode):
                 'offload with recompute="never".'
             )
         entry = entries[number]
+        if entry is not None and entry.is_overwritten:
+            entry = entries[number] = None
         if entry is None:
             return func(*args, **kwargs)
         with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
@@ -195,7 +208,13 @@ def _fresh(value: Any) -> Any:
     return value.detach() if isinstance(value, torch.Tensor) else value
 
 
-def contexts(choose: Choose) -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The two contexts of one checkpointed call: around its forward, and around its recomputation."""
+def contexts(
+    choose: Choose, *, again_if_overwritten: Callable[[Hold], bool]
+) -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    """The two contexts of one checkpointed call: around its forward, and around its recomputation.
+
+    `again_if_overwritten`: whether what was put by in this way, and changed in place since, is computed again.
+    Otherwise that is reported when it is needed, as PyTorch reports it.
+    """
     store = _Store()
-    return _Keeping(store, choose), _HandingOut(store)
+    return _Keeping(store, choose, again_if_overwritten), _HandingOut(store)

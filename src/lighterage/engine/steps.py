@@ -235,6 +235,9 @@ class Steps:
             if step == self._ledger.num_steps:
                 self._live.pop(index, None)
             self._ended.popleft()  # last: a note that an interrupt comes upon is read again
+        if self._live and next(iter(self._live.values()))() is None:
+            # Python swallows a Ctrl-C that comes within a finalizer, and the note is lost.
+            self._live = {index: ref for index, ref in self._live.items() if ref() is not None}
         if not self._live and not self._any_open():
             if self._ledger.step.rows:
                 self._finish()

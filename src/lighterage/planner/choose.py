@@ -137,11 +137,11 @@ def _at_price(found: Found, most_ms: float) -> Plan:
 
 
 def _too_little(budget: int, found: Found, before: int) -> BudgetError:
-    smallest = list(found.frontier)[-1]
+    smallest, step_ms = list(found.frontier)[-1], found.timeline.step_ms
+    cost = f" at {smallest.ms / step_ms:.2f} times the step" if step_ms else ""
     return BudgetError(
         f"no plan keeps the step within device_budget={size(budget)}; the smallest peak that was found is "
-        f"{size(smallest.peak_bytes)} ({smallest.peak_bytes} bytes) at {smallest.ms / found.timeline.step_ms:.2f} "
-        f"times the step, and with nothing moved it is {size(before)}. Raise the budget "
-        "to that, or take smaller batches.",
+        f"{size(smallest.peak_bytes)} ({smallest.peak_bytes} bytes){cost}, and with nothing moved it is "
+        f"{size(before)}. Raise the budget to that, or take smaller batches.",
         smallest_bytes=smallest.peak_bytes,
     )

@@ -8,7 +8,10 @@ from typing import Literal, get_args
 
 from .layout import is_saved
 from .plan import Mode
-from .timeline import SavedAllocation, SectionRecord, Timeline
+from .timeline import MOST_BYTES, NOT_SEEN, SavedAllocation, SectionRecord, Timeline
+
+MOST_SLOWDOWN = 1e15
+"""So that what it allows can still be told in figures."""
 
 Action = Literal["offload", "keep", "recompute"]
 Rule = tuple[str, Action] | tuple[str, Action, str]
@@ -52,10 +55,10 @@ class Goal:
         budget: object = self.device_budget
         if isinstance(budget, bool) or not isinstance(budget, int | None):
             raise TypeError(f"device_budget is a whole number of bytes, 40 << 30 for 40 GiB; got {budget!r}.")
-        if self.max_slowdown is not None and not 0 <= self.max_slowdown < float("inf"):
+        if self.max_slowdown is not None and not 0 <= self.max_slowdown <= MOST_SLOWDOWN:
             raise ValueError(f"max_slowdown is a part of the step, 0.02 for 2 %; got {self.max_slowdown}.")
-        if self.device_budget is not None and self.device_budget <= 0:
-            raise ValueError(f"device_budget is a number of bytes above 0; got {self.device_budget}.")
+        if self.device_budget is not None and not 0 < self.device_budget <= MOST_BYTES:
+            raise ValueError(f"device_budget is a number of bytes above 0, as a device has; got {self.device_budget}.")
         if self.recompute not in ("auto", "never"):
             raise ValueError(f'recompute is "auto" or "never"; got {self.recompute!r}.')
         for rule in self.rules:
@@ -92,11 +95,11 @@ def choices(timeline: Timeline, goal: Goal) -> Choices:
     modes: list[tuple[Mode, ...]] = []
     for index, section in enumerate(timeline.sections):
         whole = _whole(section, goal.rules, used)
-        if whole == "recompute":
-            if section.gap or section.not_recomputed is not None:
-                reason = section.not_recomputed or "it is what was saved between sections"
+        if whole == "recompute" and section.not_recomputed != NOT_SEEN:
+            if section.not_recomputed is not None:
                 raise ValueError(
-                    f"a rule has {section.name} computed again, which must not be: {reason}. Drop the rule."
+                    f"a rule has {section.name} computed again, which must not be: {section.not_recomputed}. "
+                    "Drop the rule."
                 )
             modes.append(("recompute",))
         else:
@@ -122,9 +125,14 @@ def _free_modes(section: SectionRecord, goal: Goal) -> tuple[Mode, ...]:
     return ("save", "recompute") if section.selective_ms is None else ("save", "selective", "recompute")
 
 
+def _is_for(rule: Rule, section: SectionRecord) -> bool:
+    """Whether the rule is for sections of this sort: what is saved between two is nothing to compute again."""
+    return not (section.gap and rule[1] == "recompute")
+
+
 def _whole(section: SectionRecord, rules: tuple[Rule, ...], used: set[int]) -> Action | None:
     for number, rule in enumerate(rules):
-        if len(rule) == 2 and fnmatch.fnmatchcase(section.name, rule[0]):
+        if len(rule) == 2 and _is_for(rule, section) and fnmatch.fnmatchcase(section.name, rule[0]):
             used.add(number)
             return rule[1]
     return None
@@ -140,7 +148,7 @@ def _action(
         if len(rule) == 3 and not fnmatch.fnmatchcase(allocation.label, rule[2]):
             continue
         matching = [name for name in names if fnmatch.fnmatchcase(name, rule[0])]
-        if not matching:
+        if not matching or not _is_for(rule, section):
             continue
         if rule[1] == "recompute" and (len(rule) == 3 or section.name not in matching):
             raise ValueError(

@@ -28,7 +28,7 @@ def read(cls: type[T], kind: str, text: str) -> T:
     """
     try:
         data = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
         raise ValueError(f"this is no {kind} of lighterage but damaged or no JSON: {error}.") from error
     if not isinstance(data, dict) or "lighterage" not in data:
         raise ValueError(f'this is no {kind} of lighterage: it is JSON without `"lighterage": "{kind}"`.')
@@ -72,7 +72,10 @@ def _value(hint: Any, data: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _dataclass(hint, data, where)
     if hint is float and isinstance(data, int | float) and not isinstance(data, bool):
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise ValueError(f"{where} is a number of at most 1.8e308; got {_shown(data)}.") from None
     if hint in (int, str, bool) and type(data) is hint:
         return data
     origin = typing.get_origin(hint)

@@ -162,8 +162,8 @@ class Search:
         for index, phase in enumerate(self.timeline.phases):
             if phase.section is not None:
                 spans[phase.section][phase.direction == "backward"] = index
-        modes, path = self.start, [self.start]
-        heap: list[tuple[float, int, Mode]] = []
+        modes = list(self.start)
+        heap: list[tuple[float, int, Mode, Mode]] = []
 
         def offer(section: int) -> None:
             forward, backward = spans[section]
@@ -173,21 +173,25 @@ class Search:
                 if _DEPTH[other] > _DEPTH[modes[section]]:
                     worth = self._worth(section, modes[section], other) * (1.0 if idle_there else 1e-6)
                     if worth > 0:
-                        heapq.heappush(heap, (-worth, -section, other))
+                        heapq.heappush(heap, (-worth, -section, other, modes[section]))
 
         for section in range(len(modes)):
             offer(section)
+        steps: list[tuple[int, Mode]] = []
         while heap:
-            _, negative, other = heapq.heappop(heap)
-            if _DEPTH[other] > _DEPTH[modes[-negative]]:
-                modes = (*modes[:-negative], other, *modes[-negative + 1 :])
-                path.append(modes)
-                # Its other steps were worth something from where it was, and are offered anew.
-                heap = [step for step in heap if step[1] != negative]
-                heapq.heapify(heap)
+            _, negative, other, was = heapq.heappop(heap)
+            if was == modes[-negative]:  # else it was worth something from where its section was, and was offered anew
+                modes[-negative] = other
+                steps.append((-negative, other))
                 offer(-negative)
-        if len(path) > _MOST_MODES:
-            path = [path[round(i * (len(path) - 1) / (_MOST_MODES - 1))] for i in range(_MOST_MODES)]
+        count = min(len(steps) + 1, _MOST_MODES)
+        path, modes, taken = [self.start], list(self.start), 0
+        for i in range(1, count):
+            until = round(i * len(steps) / (count - 1))
+            for section, other in steps[taken:until]:
+                modes[section] = other
+            path.append(tuple(modes))
+            taken = until
         return path
 
     def _peak_phase(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from typing import Literal, Self
 
 from . import json_form
@@ -17,6 +18,13 @@ Kind = Literal["input", "product", "pointwise", "other"]
 matrix product or of attention; dear to compute. `"pointwise"`: anything that is cheap to compute from the others.
 `"other"`: of unknown origin; treated like a product.
 """
+
+NOT_SEEN = "it was not seen running"
+"""Why a section is not computed again that did not run in the step which told what can be: steps drop layers, say."""
+
+# What is beyond these was not measured, and figures made of it would be none: sums of them stay finite.
+MOST_BYTES, MOST_MS = 1 << 63, 1e15
+LEAST_BYTES_PER_S, MOST_COPY_US = 1e-3, 1e15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,8 +173,10 @@ class Link:
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} of a link is a number, 55e9 for 55 GB/s; got {value!r}.")
         rates = (self.out_bytes_per_s, self.in_bytes_per_s, self.both_bytes_per_s)
-        if not all(0 < rate < float("inf") for rate in rates) or not self.copy_us >= 0:
-            raise ValueError(f"a link carries some bytes each way, and a copy takes no negative time; got {self}.")
+        if not all(LEAST_BYTES_PER_S <= rate <= sys.float_info.max for rate in rates):
+            raise ValueError(f"a link carries some bytes each way, as 55e9 for 55 GB/s; got {self}.")
+        if not 0 <= self.copy_us <= MOST_COPY_US:
+            raise ValueError(f"a copy takes some time beside its bytes, and no negative one; got {self}.")
 
     def to_json(self) -> str:
         """This link as text that `from_json` reads."""
@@ -184,12 +194,19 @@ class Link:
 
 def _check(timeline: Timeline) -> None:
     count = len(timeline.sections)
+    for name in ("device_bytes", "measured_peak_bytes"):
+        nbytes = getattr(timeline, name)
+        if nbytes is not None and not 0 <= nbytes < MOST_BYTES:
+            raise ValueError(f"{name} of a timeline is a number of bytes, or None; got {nbytes}.")
     forward: dict[int, int] = {}
     backward: dict[int, int] = {}
     for index, phase in enumerate(timeline.phases):
         where = f"phase {index} of the timeline"
-        if not 0 <= phase.ms < float("inf") or phase.work_bytes < 0:
-            raise ValueError(f"{where} cannot take {phase.ms} ms and {phase.work_bytes} bytes: neither is negative.")
+        if not 0 <= phase.ms <= MOST_MS or not 0 <= phase.work_bytes < MOST_BYTES:
+            raise ValueError(
+                f"{where} cannot take {phase.ms} ms and {phase.work_bytes} bytes: neither is negative, nor beyond "
+                "measure."
+            )
         if (phase.section is None) != (phase.direction == "other"):
             raise ValueError(f'{where} is {phase.direction} of section {phase.section}; only "other" has no section.')
         if phase.section is None:
@@ -208,7 +225,7 @@ def _check(timeline: Timeline) -> None:
             raise ValueError(f"section {index} ({section.name}) has no forward phase in the timeline.")
         if backward.get(index, len(timeline.phases)) < forward[index]:
             raise ValueError(f"section {index} ({section.name}) has its backward phase before its forward phase.")
-        if section.selective_ms is not None and not 0 <= section.selective_ms < float("inf"):
+        if section.selective_ms is not None and not 0 <= section.selective_ms <= MOST_MS:
             raise ValueError(f"selective_ms of section {index} ({section.name}) is a time; got {section.selective_ms}.")
         saves = {allocation.save for allocation in section.allocations}
         if len(saves) != len(section.allocations):
@@ -217,12 +234,14 @@ def _check(timeline: Timeline) -> None:
             where = f"save {allocation.save} of section {index} ({section.name})"
             if not 0 <= allocation.nbytes <= allocation.held_bytes:
                 raise ValueError(f"{where} moves {allocation.nbytes} of {allocation.held_bytes} bytes; at most all.")
-            if not 0 <= allocation.born_ms < float("inf"):
+            if allocation.held_bytes >= MOST_BYTES:
+                raise ValueError(f"{where} holds {allocation.held_bytes} bytes, which no machine has.")
+            if not 0 <= allocation.born_ms <= MOST_MS:
                 raise ValueError(
                     f"{where} is born some time after its section begins; got born_ms={allocation.born_ms}."
                 )
             for use in allocation.uses:
-                if not (0 <= use.first_ms < float("inf") and use.last_ms < float("inf")):
+                if not (0 <= use.first_ms <= MOST_MS and use.last_ms <= MOST_MS):
                     raise ValueError(f"{where} has a use at no time of its phase: {use}.")
                 if use.section not in backward:
                     raise ValueError(f"{where} is used in backward of section {use.section}, which has no such phase.")

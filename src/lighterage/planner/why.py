@@ -50,10 +50,15 @@ def _whole(timeline: Timeline, link: Link, goal: Goal, plan: Plan, before: int, 
     if again:
         parts.append(f"{again} of {len(plan.sections)} sections are computed again, in part or whole")
     return (
-        f"To be {wish}, {' and '.join(parts)}: a peak of {size(after.peak_bytes)} instead of {size(before)} "
-        f"({after.peak_bytes / before - 1:+.1%}) in {after.step_ms:.1f} ms instead of "
-        f"{timeline.step_ms:.1f} ({after.step_ms / timeline.step_ms - 1:+.1%})."
+        f"To be {wish}, {' and '.join(parts)}: a peak of {size(after.peak_bytes)} instead of {size(before)}"
+        f"{_change(after.peak_bytes, before)} in {after.step_ms:.1f} ms instead of {timeline.step_ms:.1f}"
+        f"{_change(after.step_ms, timeline.step_ms)}."
     )
+
+
+def _change(after: float, before: float) -> str:
+    """By which part `after` is more than `before`, in brackets; of nothing there is no part to tell."""
+    return f" ({after / before - 1:+.1%})" if before else ""
 
 
 def _section(

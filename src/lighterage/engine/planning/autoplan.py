@@ -132,6 +132,7 @@ class Autoplan:
         self._course = Course(plan, timeline, self._measurements.recipes())
         self.timeline = timeline
         self.prediction = None
+        self.checks.new_plan()
         self._stage = Stage.PLANNED
         self._steps = 0
 
@@ -267,7 +268,14 @@ class Autoplan:
         self._stage = Stage.PLANNING
         self._measurements.clear()
         if self._device.type == "cpu":
-            self._job.run()
+            try:
+                self._job.run()
+            except (
+                BaseException
+            ):  # Ctrl-C, which may be caught further out: training goes on, and its plan is still due
+                self._job = None
+                self._start_over()
+                raise
         else:
             background.start(self._job.run, "lighterage-plan")
 

@@ -93,7 +93,8 @@ class Events:
             return around
         module = self._module_of(section.name)
         one.kind = class_of(module)
-        one.not_recomputed = why_never(module, call) if self._policy.may_recompute else 'recompute="never"'
+        may = self._policy.may_compute_again(section.name)
+        one.not_recomputed = why_never(module, call) if may else 'recompute="never"'
         if module is None or call is None:
             return around
         for position, tensor in enumerate(call.tensors):

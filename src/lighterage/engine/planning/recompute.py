@@ -56,7 +56,8 @@ def run_again_later(
 
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": True}
     if orders.mode == "selective":
-        options["context_fn"] = lambda: contexts(_Products(orders, pack))
+        # Nobody asked for products to be put by: the forward may write over them as it does without.
+        options["context_fn"] = lambda: contexts(_Products(orders, pack), again_if_overwritten=lambda _: True)
     return checkpoint(run, *leaves, **options)
 
 

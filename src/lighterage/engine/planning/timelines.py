@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from ...planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
+from ...planner.timeline import NOT_SEEN, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from .section_log import SaveLog, SectionLog
 from .step_log import StepLog
 
@@ -169,7 +169,7 @@ def _section(
                 kept=save.kept,
             )
         )
-    reason = "it was not seen running" if told is None else told.not_recomputed
+    reason = NOT_SEEN if told is None else told.not_recomputed
     may_select = reason is None and told is not None and bool(told.products) and not told.overwritten
     return SectionRecord(
         name=section.name,
