@@ -100,7 +100,7 @@ class World:
     def apart(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def after(self, stream: Stream, lane: Stream) -> None:
+    def after(self, stream: Stream, lane: Stream, since: object = None) -> None:
         lane.wait_event(EventFence(self, stream).event)  # type: ignore[arg-type]
 
     def fence(self, lane: Stream) -> Fence:
