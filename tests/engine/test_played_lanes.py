@@ -248,6 +248,68 @@ def test_any_order_of_the_lanes_brings_the_bits_back(
     assert used == {1, 2, 3} and max(size for lane, size in world.copies if lane is not world.outbound) <= 2048
 
 
+class PlayedReader:
+    """In the place of the kernel that reads past the copy engine; now and then it is not there."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.num_read = 0
+
+    def read(self, work: Sequence[tuple[Tensor, tuple[Tensor, ...]]]) -> bool:
+        if self.world.chance.random() < 0.2:
+            return False
+        for to, parts in work:
+            at = 0
+            for part in parts:
+                self.world.copy([to.data_ptr() + at], [part.data_ptr()], [part.numel()], self.world.key())
+                at += part.numel()
+            self.num_read += 1
+        return True
+
+
+@pytest.mark.parametrize("gives_way", [True, False])
+@pytest.mark.parametrize("seed", range(10))
+def test_what_a_kernel_reads_has_the_fences_of_a_copy(
+    seed: int, gives_way: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not gives_way:
+        monkeypatch.setattr(HostTransport, "_go_first", lambda *_: None)
+    world = World(seed)
+    transport = transport_in(world, monkeypatch, budget=48 << 10)
+    reader = transport._reader = PlayedReader(world)  # type: ignore[assignment]
+    churn = Churn(world, transport)
+    churn.go(150)
+    assert churn.num_wrong == 0, "a block was used again too early, or read too early"
+    assert churn.num_checked > 30 and reader.num_read > 5
+
+
+def test_a_block_that_a_kernel_reads_is_written_again_only_after_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostTransport, "_go_first", lambda *_: None)  # the block's own fence has to hold
+    world = World()
+    transport = transport_in(world, monkeypatch, budget=2048)
+    reader = transport._reader = PlayedReader(world)  # type: ignore[assignment]
+    monkeypatch.setattr(world.chance, "random", lambda: 1.0)
+    other, small, new = noise(600, 0), noise(900, 1), noise(901, 2)
+    resting = [rest(transport, other), rest(transport, small)]
+    world.finish()
+    backs = torch.zeros_like(other), torch.zeros_like(small)
+    world.inbound.work.append((lambda: False, lambda: None))  # it is at work
+    transport.restore([[(resting[0], backs[0])]])
+    world.urgent.work.append((lambda: False, lambda: None))
+    transport.restore([[(resting[1], backs[1])]], urgent=True)
+    assert reader.num_read == 1
+    world.copies.clear()
+    resting.pop()
+    rest(transport, new)  # there is no room but in the block that is read
+    while world.step():
+        pass
+    assert world.copies == [], "the block was written before it was read"
+    world.urgent.work.popleft()
+    world.inbound.work.popleft()
+    world.finish()
+    assert torch.equal(backs[0], other) and torch.equal(backs[1], small)
+
+
 class InTurns(random.Random):
     """Streams take turns, piece by piece."""
 
@@ -261,7 +323,7 @@ class InTurns(random.Random):
 
 
 def test_an_urgent_reload_gets_in_between_the_chunks_of_a_large_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lanes that take turns copy by copy, as a device's do."""
+    """Where lanes take turns copy by copy. An H100's do not: there a kernel reads what is urgent."""
     monkeypatch.setattr(lanes, "CHUNK_BYTES", 1024)
     world = World(chance=InTurns())
     transport = transport_in(world, monkeypatch)
