@@ -51,6 +51,7 @@ def test_nothing_is_read_before_the_kernel_is_there_which_is_made_once(monkeypat
     to, parts = torch.zeros(5, dtype=torch.uint8), (torch.ones(2, dtype=torch.uint8), torch.full((3,), 2).byte())
     assert not reader.read([(to, parts)]) and not reader.read([(to, parts)])
     assert len(begun) == 1 and not to.any()
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     reader._read = lambda here, there: here.copy_(there)  # type: ignore[assignment,return-value]
     assert reader.read([(to, parts)]) and to.tolist() == [1, 1, 2, 2, 2]
 
@@ -59,3 +60,23 @@ def test_without_triton_nothing_is_begun(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(host_reader, "_has_triton", lambda: False)
     monkeypatch.setattr("lighterage.background.start", lambda *_: pytest.fail("began"))
     assert not HostReader(torch.device("cuda", 0)).read([])
+
+
+def test_a_kernel_that_cannot_be_compiled_is_told_and_leaves_all_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(host_reader, "_has_triton", lambda: True)
+    monkeypatch.setattr("lighterage.background.start", lambda run, _: run())
+    reader = HostReader(torch.device("cuda", 0))
+    monkeypatch.setattr(reader, "make_ready", fail)
+    with pytest.warns(UserWarning, match="not compiled .RuntimeError: Failed to find C compiler"):
+        assert not reader.read([])
+    assert not reader.read([])
+
+
+def test_nothing_is_read_while_another_device_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader = HostReader(torch.device("cuda", 1))
+    reader._read = lambda *_: pytest.fail("it would run on the other device")  # type: ignore[assignment]
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert not reader.read([(torch.zeros(1, dtype=torch.uint8), (torch.ones(1, dtype=torch.uint8),))])

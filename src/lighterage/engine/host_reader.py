@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,12 +33,17 @@ class HostReader:
         self._asked = not _has_triton()
 
     def read(self, work: Reads) -> bool:
-        """Read on the current stream. False: the kernel is not there (yet), and nothing was done."""
+        """Read on the current stream. False: the kernel is not there (yet), and nothing was done.
+
+        Nor is anything done while another device is the current one, on which it would run.
+        """
         read = self._read
         if read is None:
             if not self._asked:
                 self._asked = True
-                background.start(self.make_ready, "lighterage-read")
+                background.start(self._try_to_make_ready, "lighterage-read")
+            return False
+        if torch.cuda.current_device() != self._device.index:
             return False
         for to, parts in work:
             at = 0
@@ -45,6 +51,16 @@ class HostReader:
                 read(to[at : at + part.numel()], part)
                 at += part.numel()
         return True
+
+    def _try_to_make_ready(self) -> None:
+        try:
+            self.make_ready()
+        except Exception as error:  # a machine without a compiler, say: the engine goes on making all copies
+            warnings.warn(
+                "reloads that backward waits for stay behind those that are on their way: the kernel that would read "
+                f"them was not compiled ({type(error).__name__}: {error}). Nothing else changes.",
+                stacklevel=2,
+            )
 
     def make_ready(self) -> None:
         """Compile the kernel, in both widths, by reading a few bytes."""
@@ -61,7 +77,6 @@ class HostReader:
             here = torch.empty_like(there, device=self._device)
             for nbytes in (4096, 4095):
                 read(here[:nbytes], there[:nbytes])
-            torch.cuda.current_stream().synchronize()
         self._read = read
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import sys
 import threading
 import time
@@ -73,7 +74,8 @@ class Planning:
 # A plan is half a second of pure Python, and the steps go on meanwhile. Whoever wants the interpreter's lock from a
 # thread that computes is given it after the switch interval, 5 ms by default; backward asks for it at each saved
 # tensor, so that steps of 180 ms took 800 while a plan was made. With a short interval they wait next to nothing, and
-# the plan takes a little longer.
+# the plan takes a little longer. The interval is the interpreter's, so that how many plans are being made is counted
+# for the process: whoever began last must not take the short one for the usual.
 
 _SWITCH_S = 5e-5
 _switching = threading.Lock()
@@ -95,8 +97,25 @@ def _giving_way() -> Iterator[None]:
     finally:
         with _switching:
             _num_giving_way -= 1
-            if not _num_giving_way:
-                sys.setswitchinterval(_usual_s)
+            _back_to_usual()
+
+
+def _back_to_usual() -> None:
+    # Not where somebody else has set it meanwhile.
+    if not _num_giving_way and abs(sys.getswitchinterval() - _SWITCH_S) < 1e-6:
+        sys.setswitchinterval(_usual_s)
+
+
+def _begin_anew() -> None:
+    """In a forked child nobody is planning, and the lock may have been held."""
+    global _switching, _num_giving_way
+    if _num_giving_way:
+        _num_giving_way = 0
+        _back_to_usual()
+    _switching = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _cautious(link: Link) -> Link:
