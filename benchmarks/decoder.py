@@ -33,7 +33,7 @@ POLICIES = (
     "keep_last=1,release_after=2,prefetch_ahead=1",
     "keep_last=1,release_after=3,prefetch_ahead=1",
 )
-CASES = ("links", "steps", "first", "host", "lanes", "sizes", "bits")
+CASES = ("links", "beside", "steps", "first", "host", "lanes", "sizes", "bits")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     quick = args.quick or args.tiny
     measure = {
         "links": lambda: cases.link_rates(device),
+        "beside": lambda: cases.beside_copies(shape, device, rounds=4 if quick else 12),
         "steps": lambda: cases.side_by_side(shape, device, modes, rounds=2 if quick else 6, warm=1),
         "first": lambda: cases.first_steps(
             [*args.peers, *(policies[:1] if quick else policies[:2])], device, tiny=args.tiny, repeats=1 if quick else 2

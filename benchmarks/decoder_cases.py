@@ -73,6 +73,45 @@ def link_rates(device: torch.device, nbytes: int = 256 * MIB, rounds: int = 10) 
     return {"out_gb_s": rate(True, False), "in_gb_s": rate(False, True), "both_gb_s": rate(True, True)}
 
 
+def beside_copies(shape: DecoderShape, device: torch.device, *, nbytes: int = 256 * MIB, rounds: int) -> Row:
+    """By which part the step without offload is longer while lanes are busy all through it with copies of no use to it.
+
+    Each such step is compared with the one before and the one after it, beside which nothing is copied.
+    """
+    if device.type != "cuda":
+        return {}
+    mode = make("none", build(shape, device))
+    x, probe = inputs(shape, device)
+    here = [torch.empty(nbytes, dtype=torch.uint8, device=device) for _ in range(2)]
+    there = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
+    lanes = [torch.cuda.Stream(device) for _ in range(2)]
+
+    def step(out: int, back: int) -> float:
+        synchronize(device)
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        for _ in range(40):  # 10 GiB each way: longer than the step
+            with torch.cuda.stream(lanes[0]):
+                for _ in range(out):
+                    there[0].copy_(here[0], non_blocking=True)
+            with torch.cuda.stream(lanes[1]):
+                for _ in range(back):
+                    here[1].copy_(there[1], non_blocking=True)
+        first.record()
+        mode.step(x, probe)
+        last.record()
+        synchronize(device)
+        return first.elapsed_time(last)
+
+    for _ in range(3):
+        step(0, 0)
+    longer: dict[str, list[float]] = {"out": [], "in": [], "both": []}
+    for _ in range(rounds):
+        for name, out, back in (("out", 1, 0), ("in", 0, 1), ("both", 1, 1)):
+            before, beside, after = step(0, 0), step(out, back), step(0, 0)
+            longer[name].append(2 * beside / (before + after) - 1)
+    return {name: spread(values) for name, values in longer.items()}
+
+
 def side_by_side(
     shape: DecoderShape, device: torch.device, names: Sequence[str], *, rounds: int, warm: int
 ) -> list[Row]:

@@ -23,6 +23,12 @@ def to_markdown(results: Row, environment: Environment) -> str:
         links = results["links"]
         rows = [[_number(links[key]) for key in ("out_gb_s", "in_gb_s", "both_gb_s")]]
         parts += ["## The link, pinned, GB/s", _table(["out", "in", "both at once, in total"], rows)]
+    if results.get("beside"):
+        rows = [
+            [name, f"{found['median']:+.1%}", f"{found['min']:+.1%} – {found['max']:+.1%}"]
+            for name, found in results["beside"].items()
+        ]
+        parts += ["## The step beside copies of no use to it", _table(["copies", "longer by", "min – max"], rows)]
     if "steps" in results:
         parts += ["## Steps, modes in turn", _steps(results["steps"])]
     if "first" in results:
