@@ -63,7 +63,7 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
     out = _Lane(link.out_bytes_per_s / 1e3, link.copy_us / 1e3, chunk, [], [])
     back = _Lane(link.in_bytes_per_s / 1e3, link.copy_us / 1e3, chunk, [], [])
     both = link.both_bytes_per_s / 1e3
-    clock = 0.0
+    clock = busy = busy_before = 0.0
     peak = 0
     forward_ms = {p.section: p.ms for p in timeline.phases if p.direction == "forward"}
     forward_work = {p.section: p.work_bytes for p in timeline.phases if p.direction == "forward"}
@@ -86,10 +86,11 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
         return bool(back.urgent) or (back.current is not None and back.hurries)
 
     def tick():
-        nonlocal clock
+        nonlocal clock, busy
         clock += TICK_MS
         back.take(False)
         out.take(hurry())
+        busy += TICK_MS * sum(lane.current is not None for lane in (out, back))
         o, b = out.rate, back.rate
         if out.carries() and back.carries() and o + b > both:
             o, b = min(o, both / 2), min(b, both / 2)
@@ -124,16 +125,20 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
         peak = max(peak, sum(t.held for t in things.values() if t.on_device) + work)
 
     def need(thing, work):
+        nonlocal busy_before
         if thing.move is not None and thing.left and not thing.here:
             if not thing.queued:
                 thing.queued = thing.on_device = True
                 back.urgent.append(thing)
             see(work)
+            before = busy
             while not thing.here:
                 tick()
+            busy_before += busy - before  # nothing computes meanwhile
         thing.read = True
 
     for index, phase in enumerate(timeline.phases):
+        busy_before = busy
         work = phase.work_bytes
         happenings = []
         again = extra[phase.section] if phase.direction == "backward" else 0.0
@@ -188,6 +193,8 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
         while position < total - 1e-9:
             tick()
             position += TICK_MS
+        for _ in range(round(link.compute_slowdown * (busy - busy_before) / TICK_MS)):
+            tick()
         for thing in things.values():
             due = thing.move is not None and index == forward_at[thing.section] + thing.move.release_after
             if due and not thing.read:
@@ -257,13 +264,14 @@ def random_timeline(rng: random.Random, *, num_sections: int | None = None, most
     return Timeline(sections=tuple(sections), phases=tuple(phases))
 
 
-def random_link(rng: random.Random) -> Link:
+def random_link(rng: random.Random, compute_slowdown: float = 0.0) -> Link:
     out, back = rng.choice((40e3, 100e3, 200e3, 400e3)), rng.choice((40e3, 100e3, 200e3, 400e3))
     return Link(
         out_bytes_per_s=out,
         in_bytes_per_s=back,
         both_bytes_per_s=(out + back) * rng.choice((0.5, 0.7, 1.0, 1.2)),
         copy_us=rng.choice((0.0, 250.0)),
+        compute_slowdown=compute_slowdown,
     )
 
 

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from lighterage.errors import BudgetError, OffloadError
-from lighterage.planner.choose import find, plan
+from lighterage.planner.choose import find, nothing, plan
 from lighterage.planner.goal import Goal, choices
 from lighterage.planner.plan import Plan
 from lighterage.planner.simulate import simulate
@@ -21,6 +21,10 @@ from tests.planner.decoder import GIB, LINK, decoder
 
 def frontier_of(timeline: Timeline, link: Link, recompute: str = "auto"):
     return find(timeline, link, choices(timeline, Goal(max_slowdown=1.0, recompute=recompute))).frontier
+
+
+def _kept(timeline: Timeline) -> int:
+    return simulate(timeline, nothing(timeline), LINK).peak_bytes
 
 
 def worst_ratio(frontier, best: list[tuple[int, float]]) -> float:
@@ -38,9 +42,11 @@ def small_case(seed: int) -> tuple[Timeline, Link]:
             return timeline, oracle.random_link(rng)
 
 
+@pytest.mark.parametrize("compute_slowdown", [0.0, 0.05])
 @pytest.mark.parametrize("seed", range(8))
-def test_it_is_within_two_percent_of_every_plan_there_is(seed):
+def test_it_is_within_two_percent_of_every_plan_there_is(seed, compute_slowdown):
     timeline, link = small_case(seed)
+    link = dataclasses.replace(link, compute_slowdown=compute_slowdown)
     best = brute.frontier(timeline, link, brute.every_plan(timeline, recompute=False))
     assert worst_ratio(frontier_of(timeline, link, "never"), best) <= 1.02
 
@@ -61,11 +67,12 @@ def test_no_plan_of_many_beats_it_by_two_percent(seed):
     assert worst_ratio(frontier_of(timeline, link), best) <= 1.02
 
 
+@pytest.mark.parametrize("compute_slowdown", [0.0, 0.05])
 @pytest.mark.parametrize("seed", range(12))
-def test_what_was_found_is_what_the_simulator_says(seed):
+def test_what_was_found_is_what_the_simulator_says(seed, compute_slowdown):
     """And what the slow simulator says of the plan's peak."""
     rng = random.Random(seed)
-    timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
+    timeline, link = oracle.random_timeline(rng), oracle.random_link(rng, compute_slowdown)
     found = find(timeline, link, choices(timeline, Goal(max_slowdown=1.0)))
     for point in found.frontier:
         made, ms = found.plan_of(point)
@@ -97,6 +104,21 @@ def test_a_larger_budget_never_gives_a_slower_plan(seed):
         assert seen.step_ms <= timeline.step_ms * (1 + price) + 1e-6
         assert seen.peak_bytes <= last
         last = seen.peak_bytes
+
+
+def test_what_moves_is_worth_what_compute_loses_by_it():
+    """With a free link everything may move for nothing; where compute pays for it, a plan moves what it needs."""
+    timeline, free = decoder(8), LINK
+    dear = dataclasses.replace(LINK, compute_slowdown=0.02)
+    budget = Goal(device_budget=_kept(timeline) - (1 << 30))
+    moved = [simulate(timeline, plan(timeline, link, budget), link) for link in (free, dear)]
+    assert moved[1].bytes_out < 1.25 * (1 << 30) <= moved[0].bytes_out
+    price = Goal(max_slowdown=0.01, recompute="never")
+    seen = simulate(timeline, plan(timeline, dear, price), dear)
+    assert seen.step_ms <= 1.01 * timeline.step_ms
+    assert seen.stalls_ms.slowdown > 0.005 * timeline.step_ms
+    blind = simulate(timeline, plan(timeline, free, price), dear)
+    assert blind.step_ms > 1.01 * timeline.step_ms
 
 
 def test_equal_arguments_give_equal_plans():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
@@ -51,6 +52,27 @@ def test_a_plan_that_moves_nothing_takes_no_time_and_frees_nothing():
         (35.0, 1200),
         (55.0, 200),
     ]
+
+
+def test_compute_is_slower_beside_copies():
+    """Out from 2 to 12 ms, in from 21 to 41: some 8 ms of the first phase, 1 of the second and 20 of the third."""
+    link = dataclasses.replace(LINK, compute_slowdown=0.1)
+    seen = simulate(two_layers(), planned(moving(1), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ())), link)
+    # The first phase ends 0.8 ms later, and so of the second 1.2 ms are beside the copy: 0.12 ms.
+    slowed = [phase.stalls_ms.slowdown for phase in seen.phases]
+    assert slowed == pytest.approx([0.8, 0.12, 2.0, 0.0], abs=1e-9)
+    assert seen.stalls_ms.slowdown == seen.stalls_ms.total == pytest.approx(2.92)
+    assert seen.step_ms == pytest.approx(62.92)
+    # A phase is longer at its end.
+    assert [phase.end_ms for phase in seen.phases] == pytest.approx([10.8, 20.92, 42.92, 62.92])
+
+
+def test_what_is_waited_is_not_slowed():
+    """The reload, of which nothing was started, takes 20 ms in which nothing computes."""
+    link = dataclasses.replace(LINK, compute_slowdown=0.1)
+    seen = simulate(two_layers(), planned(moving(0), KEEP_1), link)
+    assert seen.stalls_ms.slowdown == pytest.approx(0.8)  # out, in the first phase
+    assert seen.stalls_ms.reload == pytest.approx(20.0)
 
 
 def test_a_release_waits_for_its_copy():
@@ -205,12 +227,13 @@ def test_copies_out_give_way_to_an_urgent_copy_between_their_chunks(monkeypatch)
     assert [c.nbytes for c in simulate(short, plan, link).out_copies] == [100, 900, 200]
 
 
+@pytest.mark.parametrize("compute_slowdown", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [173.3, float("inf")])
 @pytest.mark.parametrize("seed", range(120))
-def test_it_agrees_with_small_steps_of_time(seed, chunk, monkeypatch):
+def test_it_agrees_with_small_steps_of_time(seed, chunk, compute_slowdown, monkeypatch):
     monkeypatch.setattr(lanes, "CHUNK_BYTES", chunk)
     rng = random.Random(seed)
-    timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
+    timeline, link = oracle.random_timeline(rng), oracle.random_link(rng, compute_slowdown)
     plan = oracle.random_plan(rng, timeline)
     seen = simulate(timeline, plan, link)
     step_ms, peak = oracle.step(timeline, plan, link, chunk)
@@ -227,7 +250,7 @@ def test_every_part_of_a_prediction_adds_up(monkeypatch):
     monkeypatch.setattr(lanes, "CHUNK_BYTES", 200)
     for seed in range(40):
         rng = random.Random(1000 + seed)
-        timeline, link = oracle.random_timeline(rng), oracle.random_link(rng)
+        timeline, link = oracle.random_timeline(rng), oracle.random_link(rng, 0.1 * (seed % 2))
         seen = simulate(timeline, oracle.random_plan(rng, timeline), link)
         assert seen.floor_ms == pytest.approx(timeline.step_ms)
         assert seen.step_ms == pytest.approx(seen.phases[-1].end_ms)

@@ -131,6 +131,8 @@ def _link(found: Findings) -> list[str]:
         )
     if found.link is not None:
         lines.append(f"A copy costs {found.link.copy_us:.0f} µs beside its bytes.")
+    if found.link is not None and found.link.compute_slowdown:
+        lines.append(f"Beside each lane that is busy, compute is taken to be {found.link.compute_slowdown:.1%} slower.")
     return lines
 
 

@@ -167,6 +167,7 @@ def _waits(prediction: Prediction) -> str:
             (stalls.reload, "waiting for reloads"),
             (stalls.release, "waiting for copies out"),
             (stalls.recompute, "computing again"),
+            (stalls.slowdown, "computing slower beside copies"),
         )
         if ms >= 0.05
     ]

@@ -28,6 +28,9 @@ class Point:
     lazy: frozenset[int] = frozenset()
     """Of those that are moved: what comes back no earlier than in the phase that reads it."""
 
+    slowed_ms: float = 0.0
+    """Of its time: what compute takes longer because of copies beside it."""
+
 
 class Frontier:
     """Points of which none is as fast and as small as another."""

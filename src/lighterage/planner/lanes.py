@@ -127,6 +127,8 @@ class Lanes:
         self._shared_out = min(self.out.rate, max(half, both - self.back.rate))
         self._shared_back = min(self.back.rate, max(half, both - self.out.rate))
         self._now = 0.0
+        self.busy_ms = 0.0
+        """So long a lane was busy so far: both at once count twice."""
 
     def send(self, item: int, now: float) -> None:
         """Queue a copy out."""
@@ -175,8 +177,10 @@ class Lanes:
                 if now + ms > until:
                     lane.pass_ms(until - now, lane.rate)
                     self._now = until
+                    self.busy_ms += until - now
                     return
                 self._now = now + ms
+                self.busy_ms += ms
                 lane.finish(self._now, sizes)
                 if lane is back or not hurry:
                     lane.start(self._now, sizes, setup_ms)  # at once, and not only when time goes on
@@ -191,8 +195,10 @@ class Lanes:
                 out.pass_ms(until - now, out_rate)
                 back.pass_ms(until - now, back_rate)
                 self._now = until
+                self.busy_ms += 2 * (until - now)
                 return
             self._now = now + ms
+            self.busy_ms += 2 * ms
             for lane, lane_ms, rate in ((out, out_ms, out_rate), (back, back_ms, back_rate)):
                 if lane_ms > ms:
                     lane.pass_ms(ms, rate)

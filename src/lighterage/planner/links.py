@@ -7,6 +7,10 @@ from .timeline import Link
 
 _GB = 1e9
 
+PCIE_COMPUTE_SLOWDOWN = 0.016
+"""Of an H100 on PCIe 5: the decoder's step takes 1.8 % longer beside copies out, 1.4 beside copies in, 3.3 beside both.
+`benchmarks.decoder --cases beside` measures it."""
+
 NAMED: dict[str, Link] = {
     "pcie4": Link(
         name="PCIe 4 x16",
@@ -19,6 +23,7 @@ NAMED: dict[str, Link] = {
         out_bytes_per_s=55 * _GB,
         in_bytes_per_s=55 * _GB,
         both_bytes_per_s=98 * _GB,
+        compute_slowdown=PCIE_COMPUTE_SLOWDOWN,
     ),
     "nvlink-c2c": Link(
         name="NVLink-C2C",
@@ -34,7 +39,7 @@ Express Base Specification 4.0 and 5.0); packets of 256 bytes with their headers
 PCIe 5 are those measured in `benchmarks/results`. NVLink-C2C: 450 GB/s each way, 900 in total (NVIDIA Grace Hopper
 Superchip Architecture, white paper). Copies go from and to the CPU's LPDDR5X, of up to 500 GB/s in all, which is what
 both ways at once share, and reach some two thirds to four fifths of the link one way. The figures of PCIe 4 and
-NVLink-C2C are estimates: `lighterage doctor` measures.
+NVLink-C2C are estimates, with nothing known of what compute loses beside them: `lighterage doctor` measures.
 """
 
 

@@ -20,10 +20,13 @@ class Stalls:
     recompute: float = 0.0
     """Computing sections again."""
 
+    slowdown: float = 0.0
+    """Computing beside copies, which take some of the device's bandwidth and power."""
+
     @property
     def total(self) -> float:
         """All of them."""
-        return self.reload + self.release + self.recompute
+        return self.reload + self.release + self.recompute + self.slowdown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ class Recording:
     ends_ms: list[float] = dataclasses.field(default_factory=list)
     reload_ms: list[float] = dataclasses.field(default_factory=list)
     release_ms: list[float] = dataclasses.field(default_factory=list)
+    slowed_ms: list[float] = dataclasses.field(default_factory=list)
     peaks: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -53,6 +54,10 @@ class Run:
         self.now_in_phase_ms = 0.0
         """The end of the phase's work, while its releases are decided."""
 
+        self.slowed_ms = 0.0
+        """By so much compute took longer because lanes were busy."""
+
+        self._slowdown = link.compute_slowdown
         self.live_bytes = 0
         self.peak_bytes = 0
         self.on_demand: list[int] = []
@@ -66,6 +71,10 @@ class Run:
         state, moved, lanes, recording = self.state, self.moved, self.lanes, self.recording
         now = start = self.now_ms
         live, reload_ms = self.live_bytes, 0.0
+        busy_before = 0.0
+        if self._slowdown:
+            lanes.advance(now)
+            busy_before = lanes.busy_ms
         for item in decisions.fetches(phase, self):
             if state[item] == AWAY:
                 state[item] = COMING
@@ -89,7 +98,12 @@ class Run:
                         if recording is not None:
                             recording.curve.append((now, live + work))
                     if state[item] == COMING:
+                        if self._slowdown:
+                            lanes.advance(now)
+                            busy_before -= lanes.busy_ms
                         came = lanes.when_fetched(item, now)
+                        if self._slowdown:
+                            busy_before += lanes.busy_ms  # what waits is not slowed
                         reload_ms += came - now
                         begin += came - now
                         now = came
@@ -111,6 +125,13 @@ class Run:
             if recording is not None:
                 recording.curve.append((now, live + work))
         now = begin + self.layout.ms[phase]
+        slowed = 0.0
+        if self._slowdown:
+            # Told once, as the phase ends.
+            lanes.advance(now)
+            slowed = self._slowdown * (lanes.busy_ms - busy_before)
+            self.slowed_ms += slowed
+            now += slowed
         ended = self.now_in_phase_ms = now
         for item in decisions.releases(phase, self):
             if state[item] == HERE:
@@ -126,4 +147,5 @@ class Run:
             recording.ends_ms.append(now)
             recording.reload_ms.append(reload_ms)
             recording.release_ms.append(now - ended)
+            recording.slowed_ms.append(slowed)
             recording.peaks.append(peak)

@@ -118,7 +118,7 @@ class Search:
             schedule = self._schedule(modes, flags, limit, pace, lazy)
             run.go(schedule)
             self._effort -= len(flags) + 3 * sum(flags) + 2 * len(layout.ms)
-            point = self._seen[key] = Point(run.now_ms, run.peak_bytes, modes, moved, limit, pace, lazy)
+            point = self._seen[key] = Point(run.now_ms, run.peak_bytes, modes, moved, limit, pace, lazy, run.slowed_ms)
             if self.frontier.add(point):
                 items, place = layout.items, self._place
                 self._gone[point] = frozenset(
@@ -232,7 +232,7 @@ class Search:
         count = 0
         for level in levels:
             best = self.frontier.within(level)
-            if (best is not None and best.ms <= floor_ms + 1e-6) or self._effort < until:
+            if (best is not None and not _waits(best, floor_ms)) or self._effort < until:
                 continue
             while count < len(order) and sums[count] < kept.peak_bytes - level:
                 count += 1
@@ -244,9 +244,9 @@ class Search:
                 return
             further = count
             for pace in _PACES[1:]:
-                if point.ms > floor_ms + 1e-6:
+                if _waits(point, floor_ms):
                     self._try(modes, point.moved, level, pace)
-            while point.ms > floor_ms + 1e-6 and further < len(order):
+            while _waits(point, floor_ms) and further < len(order):
                 further = min(further + stride, len(order))
                 more = self._try(modes, self.must.union(order[:further]), level)
                 if more.ms >= point.ms:
@@ -265,7 +265,7 @@ class Search:
             # Some more than suffices if all were away at the peak: the last of them will not be.
             count = min(count + 1 + len(order) // 24, len(order))
             point = self._try(modes, self.must.union(order[:count]), level)
-            if point.peak_bytes <= level and point.ms <= floor_ms * _ALL_BUT:
+            if point.peak_bytes <= level and point.ms - point.slowed_ms <= floor_ms * _ALL_BUT:
                 low = middle + 1
             else:
                 high = middle - 1
@@ -331,3 +331,8 @@ class Search:
                     yield changed, moved ^ {place}, above, point.pace, point.lazy
         for pace in _PACES:
             yield modes, moved, peak, pace, point.lazy
+
+
+def _waits(point: Point, floor_ms: float) -> bool:
+    """Whether its step waits for a copy, where it takes `floor_ms` without any beside it."""
+    return point.ms - point.slowed_ms > floor_ms + 1e-6

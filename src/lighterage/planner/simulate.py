@@ -108,16 +108,17 @@ def predict(timeline: Timeline, run: Run) -> Prediction:
             section=phase.section,
             start_ms=start,
             end_ms=end,
-            stalls_ms=Stalls(reload=reload, release=release, recompute=recompute),
+            stalls_ms=Stalls(reload=reload, release=release, recompute=recompute, slowdown=slowed),
             peak_bytes=peak,
         )
-        for phase, start, end, reload, release, recompute, peak in zip(
+        for phase, start, end, reload, release, recompute, slowed, peak in zip(
             timeline.phases,
             recording.starts_ms,
             recording.ends_ms,
             recording.reload_ms,
             recording.release_ms,
             layout.recompute_ms,
+            recording.slowed_ms,
             recording.peaks,
             strict=True,
         )
@@ -129,7 +130,10 @@ def predict(timeline: Timeline, run: Run) -> Prediction:
         step_ms=step_ms,
         peak_bytes=run.peak_bytes,
         stalls_ms=Stalls(
-            reload=sum(recording.reload_ms), release=sum(recording.release_ms), recompute=sum(layout.recompute_ms)
+            reload=sum(recording.reload_ms),
+            release=sum(recording.release_ms),
+            recompute=sum(layout.recompute_ms),
+            slowdown=run.slowed_ms,
         ),
         phases=phases,
         curve=tuple(recording.curve),

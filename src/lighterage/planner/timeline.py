@@ -24,7 +24,7 @@ NOT_SEEN = "it was not seen running"
 
 # What is beyond these was not measured, and figures made of it would be none: sums of them stay finite.
 MOST_BYTES, MOST_MS = 1 << 63, 1e15
-LEAST_BYTES_PER_S, MOST_COPY_US = 1e-3, 1e15
+LEAST_BYTES_PER_S, MOST_COPY_US, MOST_COMPUTE_SLOWDOWN = 1e-3, 1e15, 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +167,12 @@ class Link:
 
     name: str = ""
 
+    compute_slowdown: float = 0.0
+    """The part by which compute takes longer while one lane is busy; while both are, twice that. Copies take some of
+    the device's memory bandwidth and power."""
+
     def __post_init__(self) -> None:
-        for name in ("out_bytes_per_s", "in_bytes_per_s", "both_bytes_per_s", "copy_us"):
+        for name in ("out_bytes_per_s", "in_bytes_per_s", "both_bytes_per_s", "copy_us", "compute_slowdown"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} of a link is a number, 55e9 for 55 GB/s; got {value!r}.")
@@ -177,6 +181,8 @@ class Link:
             raise ValueError(f"a link carries some bytes each way, as 55e9 for 55 GB/s; got {self}.")
         if not 0 <= self.copy_us <= MOST_COPY_US:
             raise ValueError(f"a copy takes some time beside its bytes, and no negative one; got {self}.")
+        if not 0 <= self.compute_slowdown <= MOST_COMPUTE_SLOWDOWN:
+            raise ValueError(f"compute_slowdown is a part of compute's time, 0.02 for 2 %; got {self}.")
 
     def to_json(self) -> str:
         """This link as text that `from_json` reads."""

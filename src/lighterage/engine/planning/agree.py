@@ -60,6 +60,7 @@ def _slowest(links: list[Link]) -> Link:
         in_bytes_per_s=min(link.in_bytes_per_s for link in links),
         both_bytes_per_s=min(link.both_bytes_per_s for link in links),
         copy_us=max(link.copy_us for link in links),
+        compute_slowdown=max(link.compute_slowdown for link in links),
     )
 
 
