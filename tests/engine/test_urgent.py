@@ -371,6 +371,22 @@ def test_what_is_next_in_turn_is_not_urgent_where_the_link_is_behind(restored: l
     assert restored == [([402], False), ([401], False), ([50], False)]
 
 
+def test_what_is_loaded_beside_a_full_window_is_not_urgent_where_it_is_next_in_turn(
+    restored: list[tuple[list[int], bool]],
+) -> None:
+    with offloader_of() as offloader:
+        for _ in range(2):  # the second time backward is known to go this way
+            graphs = sections_of(offloader, [[50], [401, 402], [391, 405, 10], [60]])
+            graphs[3][0].backward()
+            graphs[2][2].backward()
+            restored.clear()
+            graphs[1][1].backward()  # 405 and 391 fill the window
+            graphs[1][0].backward()
+            for graph in (graphs[2][1], graphs[2][0], graphs[0][0]):
+                graph.backward()
+    assert restored == [([402], False), ([401], False), ([50], False)]
+
+
 def test_what_is_loaded_beside_a_full_window_is_urgent_and_what_is_fetched_by_hand_is_not(
     restored: list[tuple[list[int], bool]],
 ) -> None:

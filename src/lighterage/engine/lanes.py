@@ -12,7 +12,7 @@ from ..planner.lanes import CHUNK_BYTES
 # Note [Urgent reloads]
 # A reload is urgent when backward waits for it and nobody has started it: what `Traffic.load` finds away; and what a
 # section saved that is away when backward comes to it out of turn, first of all what is asked for. (In turn, the link
-# is merely behind, and what is away is next.)
+# is merely behind: what is on its way was needed before, and what is away is next.)
 # It goes on a lane of its own. What the inbound lane was given before cannot be called back: its copies are cut into
 # chunks, between which lanes that are threads let an urgent one in. A CUDA device does not: there, past copies that are
 # on their way, a kernel reads what is urgent (`host_reader.py`, Note [Why a kernel reads]). What either lane is given

@@ -308,6 +308,17 @@ class Traffic:
             self._bring_back(urgent, urgent=True)
         self._bring_back(next_ones)
 
+    def _takes_turn(self, allocation: Allocation) -> bool:
+        """Take `allocation` from the queue's head; whether it was there, and none of those out of turn."""
+        queue = self._queue
+        while queue and ((first := queue[0]()) is None or first.stage is not _AWAY):
+            queue.popleft()
+            self._num_urgent = max(self._num_urgent - 1, 0)
+        if not queue or self._num_urgent or queue[0]() is not allocation:
+            return False
+        queue.popleft()
+        return True
+
     def fetch(self, allocations: Sequence[Allocation]) -> None:
         """Start bringing back those of `allocations` that are away, in this order."""
         wanted = {id(a): a for a in allocations if a.stage is Stage.AWAY}
@@ -354,7 +365,7 @@ class Traffic:
                 if allocation.stage is _BACK and allocation.back_in != context:
                     allocation.leave_again()
                 if allocation.stage is _AWAY:
-                    self._bring_back([allocation], urgent=True)
+                    self._bring_back([allocation], urgent=not self._takes_turn(allocation))
                 elif allocation.stage is _HELD:
                     allocation.wanted = allocation.wanted or in_backward
                     allocation.join()
