@@ -58,9 +58,9 @@ def fsdp(model: nn.Module) -> nn.Module:
 
 
 def num_collectives() -> int:
-    """How many collectives this process has begun on the job's process group."""
-    group: Any = dist.group.WORLD
-    return int(group._get_sequence_number_for_group())
+    """How many collectives this process has begun, on the job's process group and those that were made of it."""
+    groups: Any = dist.distributed_c10d._world.pg_map
+    return sum(int(group._get_sequence_number_for_group()) for group in groups)
 
 
 def step(wrapped: nn.Module, model: nn.Module, seed: int, rank: int) -> list[Tensor]:

@@ -170,9 +170,12 @@ def one_offloader_for_all_stages(rank: int, num_processes: int) -> None:
     expected = train(ScheduleInterleaved1F1B, modules, indices, 2 * num_processes, lambda step: None)
     layers = [layer for twin in twins for layer in twin.layers]
     with lighterage.offload(layers, min_bytes=64, keep_last=1) as offloader:
-        got = train(
-            ScheduleInterleaved1F1B, twins, indices, 2 * num_processes, lambda step: assert_nothing_left(offloader)
-        )
+
+        def after_step(step: int) -> None:
+            settle(offloader)
+            assert_nothing_left(offloader)
+
+        got = train(ScheduleInterleaved1F1B, twins, indices, 2 * num_processes, after_step)
         assert all(same_bits(a, b) for a, b in zip(expected.grads, got.grads, strict=True))
         assert offloader.stats(total=True).bytes_out > 0
 

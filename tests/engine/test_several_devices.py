@@ -14,6 +14,7 @@ from torch import nn
 import lighterage
 from lighterage.engine import cuda
 from lighterage.engine.modules import Residents
+from lighterage.engine.packing import Packer
 from lighterage.engine.planned_device import planned_device
 from lighterage.engine.policy import Policy
 from lighterage.engine.streams import Streams
@@ -105,7 +106,9 @@ def test_a_plan_by_hand_or_one_device_is_nothing_to_tell() -> None:
         assert planned_device(Policy(device_budget=5), (), stacklevel=0) == torch.device("cpu")
 
 
-def test_a_budget_for_modules_on_several_devices_is_refused_at_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def on_two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules lie on two devices, as far as they are asked."""
     refresh = Residents.refresh
 
     def on_two(self: Residents) -> None:
@@ -113,6 +116,18 @@ def test_a_budget_for_modules_on_several_devices_is_refused_at_the_call(monkeypa
         self.accelerators = {torch.device("cuda", 1), torch.device("cuda", 0)}
 
     monkeypatch.setattr(Residents, "refresh", on_two)
+    monkeypatch.setattr(Packer, "prepare", lambda self: None)  # it would open their lanes
+
+
+@pytest.mark.usefixtures("on_two_devices")
+def test_the_call_is_where_several_devices_are_told_of() -> None:
+    with pytest.warns(UserWarning, match="on cuda:0 and cuda:1, and a plan is made") as told:
+        lighterage.offload(nn.Sequential(nn.Linear(2, 2))).close()
+    assert [warning.filename for warning in told] == [__file__]
+
+
+@pytest.mark.usefixtures("on_two_devices")
+def test_a_budget_for_modules_on_several_devices_is_refused_at_the_call() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     kind = type(model[0])
     with pytest.raises(ValueError, match=r"device_budget='1GiB' is of one device, .* cuda:0 and cuda:1\. Give the"):

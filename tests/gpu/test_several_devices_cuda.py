@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import lighterage
 from lighterage import Policy
+from lighterage.cli.demo_measure import StepClock
 from lighterage.engine.offloader import Offloader
 from lighterage.engine.pinned_host import HostTransport
 from lighterage.engine.stores import Stores
@@ -315,6 +316,19 @@ def test_backward_in_any_order_asks_for_what_is_away_on_either_device(moved: Mov
             del losses, got
         assert min(moved.urgent[0], moved.urgent[1]) > 0
         assert_nothing_left(offloader)
+
+
+def test_the_clock_of_the_demo_is_that_of_the_device_that_it_is_given() -> None:
+    model, x = make(3).to(DEVICES[1]), batch().to(DEVICES[1])
+    clock = StepClock(list(model.layers), DEVICES[1])
+    for _ in range(2):
+        with clock.step():
+            loss = model(x)
+            clock.mark()
+            loss.backward()
+    times = clock.places_ms()
+    assert len(times) == 2 * 3 + 3
+    assert times == sorted(times) and times[-1] > 0
 
 
 # --- graphs -------------------------------------------------------------------------------------------------------
