@@ -129,7 +129,6 @@ class Ranks:
         for seed in range(3):
             self.compare(1000 + seed)
         assert agreed_with == self.num
-        assert offloader.report().drifts == 0
         assert set(gathered(plan.to_json())) == {plan.to_json()}
         assert set(gathered(timeline.to_json())) == {timeline.to_json()}
         forward = sum(phase.ms for phase in timeline.phases if phase.direction == "forward")
