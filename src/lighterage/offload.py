@@ -28,8 +28,8 @@ def offload(modules: nn.Module | Iterable[nn.Module], policy: Policy | None = No
 
     Raises:
         TypeError: something else than modules was given, or an unknown shorthand.
-        ValueError: no module was given, a field of the policy is out of its range, or a rule has a section computed
-            again of which there is none.
+        ValueError: no module was given, a field of the policy is out of its range, a rule has a section computed
+            again of which there is none, or a `device_budget` is set for modules on several devices.
     """
     if policy is not None and not isinstance(policy, Policy):
         raise TypeError(f"policy is a lighterage.Policy; got {type(policy).__name__}. Fields go by name: keep_last=2.")

@@ -1,4 +1,4 @@
-"""A few processes that talk over gloo and carry out, together, the functions that tests name."""
+"""A few processes that talk over gloo or NCCL and carry out, together, the functions that tests name."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+import lighterage
+
 LIMIT_S = 60
 ROOT = Path(__file__).parents[2]
 
@@ -25,8 +27,11 @@ ROOT = Path(__file__).parents[2]
 class Crew:
     """Processes that are kept from one call to the next, since starting them takes seconds."""
 
-    def __init__(self, num_processes: int) -> None:
+    def __init__(self, num_processes: int, backend: str = "gloo", limit_s: float = LIMIT_S) -> None:
+        """`backend`: "gloo", or "nccl", where each process has its rank's CUDA device. `limit_s`: for each call."""
         self._num = num_processes
+        self._backend = backend
+        self._limit_s = limit_s
         self._processes: list[subprocess.Popen[str]] = []
         self._folder: tempfile.TemporaryDirectory[str] | None = None
 
@@ -55,8 +60,11 @@ class Crew:
         self._folder = tempfile.TemporaryDirectory()
         path = os.pathsep.join([str(ROOT), *filter(None, sys.path)])
         env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": path}
+        # Multicast over NVLink is more than some machines let a process have.
+        env |= {"NCCL_NVLS_ENABLE": "0", "NCCL_SOCKET_IFNAME": "lo", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         for rank, log in enumerate(self._logs()):
-            command = [sys.executable, "-m", "tests.distributed.crew", str(rank), str(self._num), self._folder.name]
+            command = [sys.executable, "-m", "tests.distributed.crew", self._backend, str(rank), str(self._num)]
+            command += [self._folder.name, str(self._limit_s)]
             with log.open("w") as out:
                 pipe = subprocess.PIPE
                 self._processes.append(
@@ -70,7 +78,7 @@ class Crew:
     def _answers(self) -> list[str]:
         """What each process says: "ok", "failed", or nothing. After the first failure the others may wait for ever."""
         answers = [""] * self._num
-        deadline = time.monotonic() + LIMIT_S
+        deadline = time.monotonic() + self._limit_s
         with selectors.DefaultSelector() as selector:
             for rank, process in enumerate(self._processes):
                 assert process.stdout is not None
@@ -109,11 +117,34 @@ class Crew:
             self._folder = None
 
 
-def serve(rank: int, num_processes: int, folder: str) -> None:
+def place() -> torch.device:
+    """Where the tensors of this process belong."""
+    if dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def settle(offloader: lighterage.Offloader) -> None:
+    """NCCL lets go of what it has sent, which may hold a graph, a moment after that has arrived."""
+    if dist.get_backend() == "nccl":
+        torch.cuda.synchronize()
+        deadline = time.monotonic() + 5
+        while offloader.sections and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+
+def begin(backend: str, rank: int, num_processes: int, limit_s: float, **where: object) -> None:
+    """Make the process group. `where`: the store, or an address."""
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+        where["device_id"] = torch.device("cuda", rank)
+    limit = timedelta(seconds=limit_s)
+    dist.init_process_group(backend, rank=rank, world_size=num_processes, timeout=limit, **where)  # type: ignore[arg-type]
+
+
+def serve(backend: str, rank: int, num_processes: int, folder: str, limit_s: float) -> None:
     """What each process does: one named function after another, until there is no more."""
-    store = dist.FileStore(f"{folder}/store", num_processes)
-    limit = timedelta(seconds=LIMIT_S)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=num_processes, timeout=limit)
+    begin(backend, rank, num_processes, limit_s, store=dist.FileStore(f"{folder}/store", num_processes))
     for line in sys.stdin:
         module, function = line.split()
         torch.manual_seed(0)
@@ -134,4 +165,4 @@ def serve(rank: int, num_processes: int, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    serve(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], float(sys.argv[5]))

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import lighterage
+from tests.distributed.crew import place, settle
 from tests.engine.twin import (
     Block,
     Model,
@@ -73,7 +74,7 @@ def compare_wrapped(
     step: Callable[[nn.Module, int], torch.Tensor] = local_step,
 ) -> lighterage.Report:
     torch.manual_seed(0)
-    plain = make()
+    plain = make().to(place())
     model = copy.deepcopy(plain)
     classes = [type(m) for m in plain.modules()]
     expected = train(wrap(plain), step, plain, 3)
@@ -85,6 +86,7 @@ def compare_wrapped(
         offloader = lighterage.offload(given(model), min_bytes=64, keep_last=0)
     got = train(wrapped, step, model, 3)
     assert_same(plain_values(expected), plain_values(got))
+    settle(offloader)
     assert_nothing_left(offloader)
     assert offloader.stats(total=True).bytes_out > 0
     assert offloader.stats(total=True).bytes_in > 0
@@ -127,7 +129,7 @@ def ddp_without_synchronisation(rank: int, num_processes: int) -> None:
 
 def ddp_given_itself(rank: int, num_processes: int) -> None:
     torch.manual_seed(0)
-    plain = Model()
+    plain = Model().to(place())
     model = copy.deepcopy(plain)
     expected = train(DistributedDataParallel(plain), local_step, plain, 3)
     wrapped = DistributedDataParallel(model)
@@ -142,7 +144,7 @@ def ddp_given_itself(rank: int, num_processes: int) -> None:
 
 
 def shard(model: nn.Module, **options: object) -> nn.Module:
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(place().type, (dist.get_world_size(),))
     for layer in layers_of(model):
         fully_shard(layer, mesh=mesh, **options)  # type: ignore[call-overload]
     fully_shard(model, mesh=mesh, **options)  # type: ignore[call-overload]
@@ -182,7 +184,7 @@ def fsdp_with_checkpoints(rank: int, num_processes: int) -> None:
 
 
 def fsdp_sections_are_where_its_hooks_are(rank: int, num_processes: int) -> None:
-    model = shard(Model(block=Block))
+    model = shard(Model(block=Block).to(place()))
     with lighterage.offload(model, min_bytes=64, keep_last=0) as offloader:
         for layer in layers_of(model):
             assert isinstance(layer, FSDPModule)

@@ -22,6 +22,7 @@ from torch.distributed.pipelining import (
 from torch.utils.checkpoint import checkpoint
 
 import lighterage
+from tests.distributed.crew import place, settle
 from tests.engine.twin import Block, assert_nothing_left, same_bits
 
 Launch = Callable[[Callable[[int, int], None]], None]
@@ -59,15 +60,15 @@ def train(
     schedule: type[Any], modules: list[Stage], indices: list[int], num_stages: int, after_step: Callable[[int], None]
 ) -> Outcome:
     """Some steps of `schedule` over this process's stages."""
-    device = torch.device("cpu")
+    device = place()
     stages = [PipelineStage(m, i, num_stages, device) for m, i in zip(modules, indices, strict=True)]
     several = issubclass(schedule, torch.distributed.pipelining.schedules.PipelineScheduleMulti)
     run = schedule(stages if several else stages[0], NUM_MICROBATCHES, loss_fn=error)
     outcome = Outcome([], [])
     for step in range(STEPS):
         generator = torch.Generator().manual_seed(step)
-        x = torch.randn(2 * NUM_MICROBATCHES, 5, WIDTH, generator=generator)
-        target = torch.randn(2 * NUM_MICROBATCHES, 5, WIDTH, generator=generator)
+        x = torch.randn(2 * NUM_MICROBATCHES, 5, WIDTH, generator=generator).to(device)
+        target = torch.randn(2 * NUM_MICROBATCHES, 5, WIDTH, generator=generator).to(device)
         losses: list[torch.Tensor] = []
         feed = (x,) if 0 in indices else ()
         ends = {"target": target, "losses": losses} if num_stages - 1 in indices else {}
@@ -93,7 +94,7 @@ def compare_schedule(
     checkpointed: bool = False,
     whole: bool = False,
 ) -> None:
-    modules = [Stage(3, checkpointed) for _ in indices]
+    modules = [Stage(3, checkpointed).to(place()) for _ in indices]
     twins = copy.deepcopy(modules)
     expected = train(schedule, modules, indices, num_stages, lambda step: None)
     offloaders = [
@@ -104,6 +105,7 @@ def compare_schedule(
 
     def after_step(step: int) -> None:
         for offloader in offloaders:
+            settle(offloader)
             assert_nothing_left(offloader)
         reports = [offloader.report() for offloader in offloaders]
         misses.append(sum(report.prefetch_misses for report in reports))
@@ -163,14 +165,17 @@ def checkpointed_one_forward_one_backward(rank: int, num_processes: int) -> None
 
 def one_offloader_for_all_stages(rank: int, num_processes: int) -> None:
     indices = [rank, rank + num_processes]
-    modules = [Stage(2) for _ in indices]
+    modules = [Stage(2).to(place()) for _ in indices]
     twins = copy.deepcopy(modules)
     expected = train(ScheduleInterleaved1F1B, modules, indices, 2 * num_processes, lambda step: None)
     layers = [layer for twin in twins for layer in twin.layers]
     with lighterage.offload(layers, min_bytes=64, keep_last=1) as offloader:
-        got = train(
-            ScheduleInterleaved1F1B, twins, indices, 2 * num_processes, lambda step: assert_nothing_left(offloader)
-        )
+
+        def after_step(step: int) -> None:
+            settle(offloader)
+            assert_nothing_left(offloader)
+
+        got = train(ScheduleInterleaved1F1B, twins, indices, 2 * num_processes, after_step)
         assert all(same_bits(a, b) for a, b in zip(expected.grads, got.grads, strict=True))
         assert offloader.stats(total=True).bytes_out > 0
 

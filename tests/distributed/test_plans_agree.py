@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -99,3 +100,19 @@ def test_ranks_with_other_sections_plan_by_themselves(launch: Launch) -> None:
 
 def test_a_rank_without_an_offloader_holds_nobody_up(launch: Launch) -> None:
     launch(work_of_one_rank_alone)
+
+
+@pytest.mark.parametrize("error", [dist.DistNetworkError("the server is gone"), ValueError("no process group")])
+def test_a_rank_whose_store_is_gone_plans_by_itself(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> None:
+        raise error
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", gone)
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Slow(0.0) for _ in range(2)])
+    with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+        train(model, [torch.randn(64, WIDTH)], STEPS_TO_PLAN)
+        assert offloader.plan is not None
+        assert offloader.report().agreed_with == 1

@@ -71,8 +71,8 @@ def batch(seed: int, rows: int = 6) -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
-    out: torch.Tensor = model(batch(seed))
-    return (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum()
+    out: torch.Tensor = model(batch(seed).to(next(model.parameters()).device))
+    return (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum()
 
 
 def train_step(model: nn.Module, seed: int) -> torch.Tensor:

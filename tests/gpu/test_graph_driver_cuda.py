@@ -85,11 +85,15 @@ def test_events_and_registrations_of_outside_are_no_business_of_a_capture(driver
             assert not event.query()
             event.synchronize()
             assert event.query()
-        CudaPinner().pin(memory.data_ptr() + page, 64 << 10)
+        pinner().pin(memory.data_ptr() + page, 64 << 10)
         y = y * 2
     graph.replay()
     assert y.tolist() == [4, 4, 4, 4]
-    CudaPinner().unpin(memory.data_ptr() + page)
+    pinner().unpin(memory.data_ptr() + page)
+
+
+def pinner() -> CudaPinner:
+    return CudaPinner(torch.device("cuda", torch.cuda.current_device()))
 
 
 def pinned(nbytes: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +101,7 @@ def pinned(nbytes: int) -> tuple[Tensor, Tensor]:
     memory = torch.empty(nbytes + 4096, dtype=torch.uint8)
     page = -memory.data_ptr() % 4096
     part = memory[page : page + nbytes]
-    CudaPinner().pin(part.data_ptr(), nbytes)
+    pinner().pin(part.data_ptr(), nbytes)
     return part, memory
 
 
@@ -120,7 +124,7 @@ def test_copies_with_registered_memory_are_captured_and_replayed_without_the_hos
         graph.replay()
         assert time.perf_counter() - start < 0.03
         assert bool((back == value).all()) and bool((host == value).all())
-    CudaPinner().unpin(host.data_ptr())
+    pinner().unpin(host.data_ptr())
 
 
 @pytest.mark.parametrize("how", ["reset", "deleted", "never instantiated", "failed"])

@@ -24,7 +24,7 @@ class StepClock:
 
     def __init__(self, layers: Sequence[nn.Module], device: torch.device) -> None:
         self._layers = layers
-        self._cuda = device.type == "cuda"
+        self._device = device
         self._marks: list[float | torch.cuda.Event] = []
 
     @property
@@ -34,9 +34,10 @@ class StepClock:
 
     def mark(self) -> None:
         """Pass the next place."""
-        if self._cuda:
+        if self._device.type == "cuda":
             event = torch.cuda.Event(enable_timing=True)
-            event.record()
+            # Whichever device is the current one: autograd's threads have their own.
+            event.record(torch.cuda.current_stream(self._device))
             self._marks.append(event)
         else:
             self._marks.append(time.perf_counter())
@@ -59,7 +60,7 @@ class StepClock:
         """Milliseconds from the start of the step to each place. Waits for the device."""
         first = self._marks[0]
         if not isinstance(first, float):
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
             return [first.elapsed_time(mark) for mark in self._marks if not isinstance(mark, float)]
         return [(mark - first) * 1e3 for mark in self._marks if isinstance(mark, float)]
 

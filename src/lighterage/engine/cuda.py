@@ -14,7 +14,12 @@ from .graph_driver import graph_driver
 
 
 class CudaPinner:
-    """Page-locks host memory for every device of this process."""
+    """Page-locks host memory for every device of this process, by way of one that is in use."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Whichever thread comes here first: its current device may be one that this process has nothing on, where the
+        # call would make a context, which is hundreds of MiB of somebody else's memory.
+        self._device = device
 
     def pin(self, address: int, nbytes: int) -> None:
         """Register [address, address + nbytes) with the driver.
@@ -24,7 +29,7 @@ class CudaPinner:
         """
         # A capture that is under way would be broken by it, and has nothing to do with it.
         driver = graph_driver()
-        with contextlib.nullcontext() if driver is None else driver.relaxed():
+        with torch.cuda.device(self._device), contextlib.nullcontext() if driver is None else driver.relaxed():
             code = int(torch.cuda.cudart().cudaHostRegister(address, nbytes, 1))
         if code:
             raise OSError(f"cudaHostRegister of {nbytes} bytes failed with error {code}")
@@ -32,7 +37,7 @@ class CudaPinner:
     def unpin(self, address: int) -> None:
         """Undo `pin` for the registration that begins at `address`."""
         driver = graph_driver()
-        with contextlib.nullcontext() if driver is None else driver.relaxed():
+        with torch.cuda.device(self._device), contextlib.nullcontext() if driver is None else driver.relaxed():
             torch.cuda.cudart().cudaHostUnregister(address)
 
 

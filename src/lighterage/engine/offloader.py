@@ -24,6 +24,7 @@ from .ledger import Ledger, OffloadStats
 from .link import measure_link
 from .modules import Residents, SectionModules
 from .opening import Opener, SectionPlan
+from .planned_device import planned_device
 from .planning import Autoplan
 from .policy import Policy
 from .report import Report, build_report
@@ -66,10 +67,11 @@ class Offloader:
         self._modules = SectionModules(modules)
         check_rules(policy, self._modules, stacklevel=3)
         self._residents = Residents(self._modules.all_modules)
+        device = planned_device(policy, self._residents.accelerators, stacklevel=3)
         self._stores = Stores(policy, before_copies)
         self._ledger = Ledger()
         self._traffic = Traffic(self._lock, self._ledger, only_marked=policy.select == "marked")
-        self._auto: Autoplan | None = None if policy.by_hand else self._make_autoplan()
+        self._auto: Autoplan | None = None if policy.by_hand else self._make_autoplan(device)
         self._steps = Steps(
             self._lock,
             policy,
@@ -89,8 +91,7 @@ class Offloader:
             self.close()
             raise
 
-    def _make_autoplan(self) -> Autoplan:
-        device = next(iter(self._residents.accelerators), torch.device("cpu"))
+    def _make_autoplan(self, device: torch.device) -> Autoplan:
         tier = self._policy.tier
         link = functools.partial(measure_link, device, tier, self._policy.disk_dir)
         stores = self._stores

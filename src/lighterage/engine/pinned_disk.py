@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -81,8 +82,8 @@ class DiskTransport(Accelerator):
         super().__init__(device, before_copies)
         self._passage = passage
         self._store = store
-        self._writer = WorkerLane("lighterage-disk-out")
-        self._reader = WorkerLane("lighterage-disk-in")
+        self._writer = self._worker("lighterage-disk-out")
+        self._reader = self._worker("lighterage-disk-in")
         self._urgent_reader: WorkerLane | None = None
         self._way = RightOfWay()
         self._refusal: str | None = None
@@ -209,8 +210,16 @@ class DiskTransport(Accelerator):
     def _urgent_lane(self) -> WorkerLane:
         if self._urgent_reader is None:
             self._reader.check_process()
-            self._urgent_reader = WorkerLane("lighterage-disk-urgent")
+            self._urgent_reader = self._worker("lighterage-disk-urgent")
         return self._urgent_reader
+
+    def _worker(self, name: str) -> WorkerLane:
+        worker = WorkerLane(name)
+        if self.device.index is not None:
+            # A thread begins with the first device as its current one, where waiting for an event makes a context,
+            # though this process may have nothing there.
+            worker.submit(functools.partial(torch.accelerator.set_device_index, self.device.index))
+        return worker
 
     def close(self) -> None:
         self._writer.close()

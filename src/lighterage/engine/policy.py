@@ -99,7 +99,8 @@ class Policy:
 
     device_budget: int | str | None = None
     """The most device memory of a step, as a number of bytes or `"40GiB"`: the fastest plan under it is made. On an
-    accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved."""
+    accelerator that is what `max_memory_allocated` tells of forward and backward; on the CPU, what is saved. It
+    is of one device: modules on several need an offloader for each."""
 
     max_slowdown: float | None = None
     """The part of a step that a plan may cost: with 0.02 the smallest peak is sought whose step is at most 1.02 times

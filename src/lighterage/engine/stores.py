@@ -50,6 +50,10 @@ def _pairs(room: Room, data: torch.Tensor, offset: int) -> Iterable[tuple[torch.
     return zip(parts, data.split([part.numel() for part in parts]), strict=True)
 
 
+def _pinner(device: torch.device) -> CudaPinner | None:
+    return CudaPinner(device) if device.type == "cuda" else None
+
+
 class Stores:
     """Opens transports, and shares one arena and one file among the devices of an offloader.
 
@@ -70,18 +74,17 @@ class Stores:
         accelerator = torch.accelerator.current_accelerator()
         tier = self._policy.tier or ("disk" if device.type == "cpu" else "host")
         if device.type == "cpu":
-            store = _ArenaStore(self._arena(pinned=False)) if tier == "host" else self._open_disk()
+            store = _ArenaStore(self._arena(device)) if tier == "host" else self._open_disk()
             return CpuTransport(store, self._before_copies)  # type: ignore[arg-type]
         if accelerator is None or device.type != accelerator.type:
             return None
-        pinned = device.type == "cuda"
         if tier == "host":
-            transport = HostTransport(device, self._arena(pinned), self._before_copies)
+            transport = HostTransport(device, self._arena(device), self._before_copies)
             # Within a budget what is to leave must leave, however much of the device is free.
             transport.must_leave = self._policy.device_budget_bytes is not None
             return transport
         if self._passage is None:
-            self._passage = Arena(pinner=CudaPinner() if pinned else None, budget=PASSAGE_BYTES)
+            self._passage = Arena(pinner=_pinner(device), budget=PASSAGE_BYTES)
         return DiskTransport(device, self._passage, self._open_disk(), self._before_copies)
 
     def prepare(self) -> None:
@@ -94,9 +97,10 @@ class Stores:
         for arena in self._arenas.values():
             arena.settle()
 
-    def _arena(self, pinned: bool) -> Arena:
+    def _arena(self, device: torch.device) -> Arena:
+        pinned = device.type == "cuda"
         if pinned not in self._arenas:
-            self._arenas[pinned] = Arena(pinner=CudaPinner() if pinned else None, budget=self._policy.budget_bytes)
+            self._arenas[pinned] = Arena(pinner=_pinner(device), budget=self._policy.budget_bytes)
             self._arenas[pinned].prepare()
         return self._arenas[pinned]
 

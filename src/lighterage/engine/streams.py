@@ -33,6 +33,9 @@ class Streams:
             torch._C._cuda_isCurrentStreamCapturing if device.type == "cuda" else _never
         )
         """Whether a graph is captured on the calling thread's stream."""
+        self._current_device: Callable[[], int] = (
+            torch._C._cuda_getDevice if device.type == "cuda" else torch.accelerator.current_device_index
+        )
         driver = graph_driver() if device.type == "cuda" else None
         self._captures = None if driver is None else Captures(driver)
 
@@ -71,7 +74,12 @@ class Streams:
 
     @contextlib.contextmanager
     def on(self, lane: torch.Stream, back_to: torch.Stream) -> Iterator[None]:
-        """Issue the block's work on `lane`."""
+        """Issue the block's work on `lane`, whose device is the current one meanwhile, and after it what was before."""
+        if self._current_device() != self.device.index:
+            # Making a stream the current one makes its device the current one too, which the caller's is to stay.
+            with torch.accelerator.device_index(self.device.index), self.on(lane, back_to):
+                yield
+            return
         torch.accelerator.set_stream(lane)
         lane_key = self.key() if self.capturing() else None
         try:

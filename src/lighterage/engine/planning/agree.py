@@ -20,11 +20,29 @@ def agreed(timeline: Timeline, link: Link) -> tuple[Timeline, Link, int]:
     """`timeline` with the most of what the ranks with the same sections measured, their slowest link, and their number.
 
     The ranks' words go through the key-value store that the job was started with, whatever the backend: nothing for the
-    device to do, and a rank without an offloader holds nobody up for more than `PATIENCE_S`.
+    device to do, and a rank without an offloader holds nobody up for more than `PATIENCE_S`. Where the store is gone,
+    with its process group or the rank that serves it, this rank plans by itself.
     """
     dist = torch.distributed
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return timeline, link, 1
+    try:
+        said = _all_said(timeline, link)
+    except (RuntimeError, ValueError):  # what torch.distributed raises of a store, and of a group, that is no more
+        said = None
+    if said is None:
+        return timeline, link, 1
+    alike = [(Timeline.from_json(one), Link.from_json(other)) for form, one, other in said if form == _form(timeline)]
+    return _most([one for one, _ in alike]), _slowest([other for _, other in alike]), len(alike)
+
+
+def _all_said(timeline: Timeline, link: Link) -> list[list[str]] | None:
+    """Form, timeline and link of every rank, in their order; None where one of them does not answer.
+
+    Raises:
+        RuntimeError, ValueError: the store or the process group is gone.
+    """
+    dist = torch.distributed
     store = dist.distributed_c10d._get_default_store()
     world, rank = dist.get_world_size(), dist.get_rank()
     # How often this rank has come here is the job's to know: a count of the process would outlive its process group.
@@ -35,11 +53,9 @@ def agreed(timeline: Timeline, link: Link) -> tuple[Timeline, Link, int]:
     deadline = time.monotonic() + PATIENCE_S
     while not store.check(keys):
         if time.monotonic() > deadline:
-            return timeline, link, 1
+            return None
         time.sleep(_LOOK_AGAIN_S)
-    said = [json.loads(store.get(key)) for key in keys]
-    alike = [(Timeline.from_json(one), Link.from_json(other)) for form, one, other in said if form == _form(timeline)]
-    return _most([one for one, _ in alike]), _slowest([other for _, other in alike]), len(alike)
+    return [json.loads(store.get(key)) for key in keys]
 
 
 def _form(timeline: Timeline) -> str:
