@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import lighterage
 from lighterage.engine import offloader as offloader_module
 from lighterage.engine.planning import agree
 from lighterage.planner.plan import Plan
-from lighterage.planner.timeline import Link, Timeline
+from lighterage.planner.timeline import Link, Phase, SectionRecord, Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
 
 Launch = Callable[[Callable[[int, int], None]], None]
@@ -36,6 +37,21 @@ class Slow(nn.Module):
         return x + self.down(torch.tanh(self.up(x)).sin())
 
 
+class Layers(nn.Module):
+    """Layers between which one rank takes its time, so that it has phases there that others have not."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*[Slow(0.02 * rank) for _ in range(3)])
+        self.pause = 0.02 * rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            time.sleep(self.pause)
+        return x
+
+
 def gathered(rank: int, num: int, value: str) -> list[str]:
     values: list[str] = [""] * num
     dist.all_gather_object(values, value)
@@ -47,12 +63,12 @@ def work_of_equal_ranks(rank: int, num: int) -> None:
     # The link of one is a hundred times slower: planned for apart, the other would move more.
     rate = 1e9 / 100**rank
     link = Link(out_bytes_per_s=rate, in_bytes_per_s=rate, both_bytes_per_s=rate, name=f"of rank {rank}")
-    offloader_module.measure_link = lambda *_: link  # type: ignore[assignment]
-    model = nn.Sequential(*[Slow(0.02 * rank) for _ in range(3)])
+    model = Layers(rank)
     plain = copy.deepcopy(model)
     rows = [torch.randn(64, WIDTH)]
     expected = train(plain, rows, STEPS_TO_PLAN + 2)
-    with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+    measured = mock.patch.object(offloader_module, "measure_link", return_value=link)
+    with measured, lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
         assert_equal(expected, train(model, rows, STEPS_TO_PLAN + 2))
         assert offloader.stats().bytes_out > 0
         plan, timeline, report = offloader.plan, offloader.timeline, offloader.report()
@@ -66,6 +82,7 @@ def work_of_equal_ranks(rank: int, num: int) -> None:
     assert all(t.phases == timeline.phases for t in timelines)
     forward = [p.ms for p in timeline.phases if p.direction == "forward"]
     assert min(forward) >= 15, "the slowest rank decides"
+    assert timeline.step_ms >= 3 * (20 + 20) * 0.9, "with what passes between its sections"
 
 
 def work_of_unequal_ranks(rank: int, num: int) -> None:
@@ -80,13 +97,15 @@ def work_of_unequal_ranks(rank: int, num: int) -> None:
 
 
 def work_of_one_rank_alone(rank: int, num: int) -> None:
-    agree.PATIENCE_S = 0.5
     if rank == 0:
         model = nn.Sequential(*[Slow(0.0) for _ in range(2)])
-        with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+        hasty = mock.patch.object(agree, "PATIENCE_S", 0.5)
+        with hasty, lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
             train(model, [torch.randn(64, WIDTH)], STEPS_TO_PLAN + 1)
             assert offloader.report().agreed_with == 1
             assert offloader.plan is not None
+    else:  # the processes go on to other tests, in which they are to meet again
+        dist.distributed_c10d._get_default_store().add(f"lighterage/rounds/{rank}", 1)
     dist.barrier()
 
 
@@ -116,3 +135,27 @@ def test_a_rank_whose_store_is_gone_plans_by_itself(error: Exception, monkeypatc
         train(model, [torch.randn(64, WIDTH)], STEPS_TO_PLAN)
         assert offloader.plan is not None
         assert offloader.report().agreed_with == 1
+
+
+def test_what_is_no_phase_in_some_rank_counts_to_the_phase_before_in_all() -> None:
+    def timeline(*phases: tuple[str, int | None, float]) -> Timeline:
+        sections = tuple(SectionRecord(name=f"layers.{index}") for index in range(2))
+        made = tuple(Phase(direction=d, section=s, ms=ms, work_bytes=round(100 * ms)) for d, s, ms in phases)  # type: ignore[arg-type]
+        return Timeline(sections=sections, phases=made)
+
+    other = ("other", None, 1.0)
+    backward = (("backward", 1, 8.0), ("backward", 0, 8.0))
+    one = timeline(other, ("forward", 0, 4.0), other, ("forward", 1, 4.0), ("other", None, 3.0), *backward)
+    two = timeline(other, ("forward", 0, 6.0), ("forward", 1, 3.0), ("other", None, 2.0), *backward, other)
+    assert agree._form(one) == agree._form(two)
+    for both in ([one, two], [two, one]):
+        found = agree._most(both)
+        assert [(p.direction, p.section, p.ms) for p in found.phases] == [
+            ("other", None, 1.0),
+            ("forward", 0, 6.0),
+            ("forward", 1, 4.0),
+            ("other", None, 3.0),
+            ("backward", 1, 8.0),
+            ("backward", 0, 9.0),
+        ]
+        assert [p.work_bytes for p in found.phases] == [100, 600, 400, 300, 800, 800]

@@ -9,7 +9,7 @@ import time
 
 import torch
 
-from ...planner.timeline import Link, Timeline
+from ...planner.timeline import Link, Phase, Timeline
 
 # Who does not answer for so long is planned without.
 PATIENCE_S = 10.0
@@ -63,7 +63,8 @@ def _form(timeline: Timeline) -> str:
     form = repr(
         (
             [(s.name, [a.save for a in s.allocations]) for s in timeline.sections],
-            [(p.direction, p.section) for p in timeline.phases],
+            # What passes between two sections is a phase for one rank and too short to be one for another.
+            [(p.direction, p.section) for p in timeline.phases if p.section is not None],
         )
     )
     return hashlib.sha256(form.encode()).hexdigest()
@@ -80,7 +81,35 @@ def _slowest(links: list[Link]) -> Link:
     )
 
 
+def _passages(timeline: Timeline) -> set[int]:
+    """Where a phase belongs to no section: how many phases of sections come before it."""
+    found, count = set(), 0
+    for phase in timeline.phases:
+        if phase.section is None:
+            found.add(count)
+        else:
+            count += 1
+    return found
+
+
+def _with_passages(timeline: Timeline, wanted: set[int]) -> Timeline:
+    """`timeline` with no other phases between sections than those; what passes elsewhere counts to the phase before."""
+    phases: list[Phase] = []
+    count = 0
+    for phase in timeline.phases:
+        if phase.section is None and count not in wanted and phases:
+            before = phases[-1]
+            work_bytes = max(before.work_bytes, phase.work_bytes)
+            phases[-1] = dataclasses.replace(before, ms=before.ms + phase.ms, work_bytes=work_bytes)
+        elif phase.section is not None or count in wanted:
+            phases.append(phase)
+        count += phase.section is not None
+    return dataclasses.replace(timeline, phases=tuple(phases))
+
+
 def _most(timelines: list[Timeline]) -> Timeline:
+    common = set.intersection(*(_passages(timeline) for timeline in timelines))
+    timelines = [_with_passages(timeline, common) for timeline in timelines]
     first = timelines[0]
     sections = []
     for versions in zip(*(t.sections for t in timelines), strict=True):
