@@ -26,7 +26,7 @@ _UNLIKE = 0.92
 _SHARED = 0.8
 """Both at once carry so much of what they do one by one; less may be the link's own, or something was in the way."""
 _IMPROVES = 1.03
-"""The last rounds are so much faster than those before: whatever was in the way is about to go."""
+"""The last rounds are so much faster than the first, or all than those before the pause: what was in the way is going."""
 _PAUSES_S = (0.02, 0.05, 0.1, 0.15, 0.15)
 """Before each further measurement where something seems to be in the way."""
 
@@ -137,9 +137,9 @@ def _rates(seconds: _Times, pause: Callable[[float], object] = time.sleep) -> tu
         improves = False
         for kind, (out, back) in enumerate(_COPIES):
             rounds = [seconds(_LARGE, out=out, back=back) for _ in range(_ROUNDS)]
-            before_s = min(best_s[kind], *rounds[:-2])
-            best_s[kind] = max(min(before_s, *rounds[-2:]), 1e-9)
-            improves |= before_s > _IMPROVES * best_s[kind]
+            early_s, before_s = min(rounds[:-2]), best_s[kind]
+            best_s[kind] = max(min(before_s, *rounds), 1e-9)
+            improves |= early_s > _IMPROVES * min(rounds[-2:]) or math.inf > before_s > _IMPROVES * best_s[kind]
         out_rate, back_rate, both_rate = (
             _LARGE * sum(copies) / best for copies, best in zip(_COPIES, best_s, strict=True)
         )
