@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lighterage import Offloader, Policy
+from lighterage import Offloader, Policy, background
 from lighterage.engine import offloader as offloader_module
 from lighterage.engine.ledger import Row
 from lighterage.engine.planning import autoplan, checks, making
@@ -64,10 +64,18 @@ USUAL_MS = 5 * 30e3
 
 
 @pytest.fixture(autouse=True)
-def _played(monkeypatch: pytest.MonkeyPatch) -> None:
+def _played(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(HostClock, "mark", lambda _: CLOCKWORK.now_s)
     monkeypatch.setattr("lighterage.engine.offloader.measure_link", lambda *_: FAST)
     monkeypatch.setattr(CLOCKWORK, "pace", 1.0)
+    yield
+    all_made()  # what it calls may be played in the next test
+
+
+def all_made() -> None:
+    """Nothing is in the making any more."""
+    for thread in list(background._threads):
+        thread.join(30)
 
 
 @pytest.fixture
@@ -102,22 +110,16 @@ def models() -> tuple[Model, Model]:
 
 def planned(model: Model, offloader: Offloader) -> None:
     """Until the plan was made, and one step has carried it out."""
-    for _ in range(200):
-        if offloader.plan is not None:
-            return
-        train(model, rows(), 1)
-        time.sleep(0.001)
-    raise AssertionError("no plan was made")
+    soon(model, lambda: offloader.plan is not None)
 
 
-def soon(model: Model, is_so: Callable[[], bool]) -> None:
+def soon(model: Model, is_so: Callable[[], bool], num_rows: int = 64) -> None:
     """Steps until it is so."""
-    for _ in range(400):
-        if is_so():
-            return
-        train(model, rows(), 1)
+    until = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < until, "it did not come to be"
+        train(model, rows(num_rows), 1)
         time.sleep(0.002)
-    raise AssertionError("it did not come to be")
 
 
 def step_ms(timeline: Timeline | None) -> float:
@@ -182,10 +184,11 @@ def test_a_step_that_was_not_the_planned_one_says_nothing_of_the_pace() -> None:
     with offload(model, recompute="never", max_slowdown=1.0) as offloader:
         planned(model, offloader)
         before = offloader.timeline
-        x = rows()[0]
-        for layer in list(model.layers)[:4]:  # timed, and one layer short
-            x = layer(x)
-        x.square().mean().backward()
+        for _ in range(2):  # both would be timed, and are one layer short
+            x = rows()[0]
+            for layer in list(model.layers)[:4]:
+                x = layer(x)
+            x.square().mean().backward()
         train(model, rows(), 1)
         assert offloader.timeline is before
         assert offloader.report().measured_ms is not None
@@ -308,7 +311,55 @@ def test_a_plan_is_made_anew_so_often_and_then_only_foreseen(plans: tuple[list[T
 
 
 @pytest.mark.usefixtures("beside")
+def test_no_plan_is_made_anew_before_the_step_that_says_whether_is_read(
+    plans: tuple[list[Timeline], threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_of, may = plans
+    may.set()
+    passed = [True]
+    monkeypatch.setattr(HostClock, "passed", lambda *_: passed[0])
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        CLOCKWORK.pace = 1.1
+        train(model, rows(), SETTLED - 2)
+        assert offloader.report().times_scaled == pytest.approx(1.1, rel=0.01)
+        CLOCKWORK.pace = 1.0
+        train(model, rows(), 1)
+        passed[0] = False  # the device is behind
+        train(model, rows(), 5)
+        passed[0] = True
+        soon(model, lambda: offloader.report().plan_settled)
+        assert offloader.report().times_scaled == pytest.approx(1.0, rel=0.01)
+        assert len(made_of) == 1
+
+
+@pytest.mark.usefixtures("beside")
+def test_what_is_in_the_making_is_of_no_use_once_steps_are_measured_anew(
+    plans: tuple[list[Timeline], threading.Event],
+) -> None:
+    made_of, may = plans
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        CLOCKWORK.pace = 1.1
+        soon(model, lambda: len(made_of) == 2)
+        assert_equal(train(plain, rows(256), 1), train(model, rows(256), 1))
+        train(model, rows(256), 1)
+        assert offloader.report().drifts == 1
+        old = offloader.plan
+        may.set()
+        all_made()
+        soon(model, lambda: offloader.plan is not old, 256)
+        assert offloader.timeline is not None
+        assert offloader.timeline.sections[1].allocations[0].nbytes == 4 * 64 * WIDTH * 4
+        assert offloader.report().times_scaled == 1.0
+        assert offloader.report().plans_remade == 0
+
+
+@pytest.mark.usefixtures("beside")
 def test_a_step_does_not_wait_for_what_is_foreseen_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "CHECK_EVERY", 3)
     may, simulate, count = threading.Event(), making.simulate, [0]
 
     def simulated(*given: Any) -> Any:
@@ -323,8 +374,9 @@ def test_a_step_does_not_wait_for_what_is_foreseen_anew(monkeypatch: pytest.Monk
         before = offloader.timeline
         CLOCKWORK.pace = 1.03
         soon(model, lambda: count[0] == 2)
-        train(model, rows(), 5)
+        train(model, rows(), 8)
         assert offloader.timeline is before
+        assert count[0] == 2, "one at a time"
         may.set()
         soon(model, lambda: offloader.timeline is not before)
         assert offloader.report().predicted_ms == pytest.approx(1.03 * USUAL_MS, rel=0.01)
@@ -390,6 +442,19 @@ def test_a_given_plan_is_never_replaced(plans: tuple[list[Timeline], threading.E
         assert offloader.timeline is timeline
         assert offloader.report().predicted_ms is None
         assert len(made_of) == 1
+
+
+def test_a_step_under_the_plan_before_says_nothing_of_one_that_was_given_in_the_midst_of_it() -> None:
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        loss = model(rows()[0]).square().mean()  # of the second step, which is timed
+        assert offloader.plan is not None and offloader.timeline is not None
+        offloader.use_plan(offloader.plan, offloader.timeline)
+        loss.backward()
+        del loss
+        train(model, rows(), 1)
+        assert offloader.report().measured_ms is None
 
 
 # --- budgets ----------------------------------------------------------------------------------------------------------

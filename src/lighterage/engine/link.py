@@ -26,7 +26,7 @@ _UNLIKE = 0.92
 _SHARED = 0.8
 """Both at once carry so much of what they do one by one; less may be the link's own, or something was in the way."""
 _IMPROVES = 1.03
-"""The last rounds are so much faster than the first, or all than those before the pause: what was in the way is going."""
+"""The last rounds are so much faster than the first, or all than those before the pause: what was in the way goes."""
 _PAUSES_S = (0.02, 0.05, 0.1, 0.15, 0.15)
 """Before each further measurement where something seems to be in the way."""
 
