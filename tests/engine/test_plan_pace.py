@@ -19,6 +19,7 @@ from lighterage.engine.planning.budget import Budget
 from lighterage.engine.planning.clock import HostClock
 from lighterage.engine.planning.pace import MOST_REMADE, SETTLED
 from lighterage.engine.planning.step_log import StepLog
+from lighterage.engine.stores import Stores
 from lighterage.planner.timeline import Link, Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
 from tests.engine.test_plan_made import FAST, WIDTH, Model, offload, pair, rows
@@ -192,6 +193,31 @@ def test_a_step_that_was_not_the_planned_one_says_nothing_of_the_pace() -> None:
         train(model, rows(), 1)
         assert offloader.timeline is before
         assert offloader.report().measured_ms is not None
+
+
+def test_a_step_that_waited_for_host_memory_says_nothing_of_the_pace(
+    monkeypatch: pytest.MonkeyPatch, logs: list[StepLog]
+) -> None:
+    reserved, growing = [0], [False]
+
+    def host_bytes_reserved(_: Stores) -> int:
+        reserved[0] += growing[0]
+        return reserved[0]
+
+    monkeypatch.setattr(Stores, "host_bytes_reserved", property(host_bytes_reserved))
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        before = offloader.timeline
+        CLOCKWORK.pace, growing[0] = 1.1, True
+        train(model, rows(), SETTLED + 1)
+        assert offloader.timeline is before
+        offloader.stats()  # the last step is over
+        growing[0] = False
+        logs.clear()
+        train(model, rows(), 4)
+        assert len(logs) == 2, "one in the place of the eighth, and one that says the same"
+        assert offloader.report().times_scaled == pytest.approx(1.1, rel=0.01)
 
 
 def test_waits_for_reloads_are_known_when_a_step_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

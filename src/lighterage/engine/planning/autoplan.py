@@ -215,7 +215,9 @@ class Autoplan:
             if run is not None:
                 self._steps += 1
                 if log is not None and run.course is self._course:
-                    self.checks.take(log, fits=not run.strange)
+                    # What waited for host memory will not wait for it again.
+                    grew = self._reserved_bytes() > self._reserved_before
+                    self.checks.take(log, fits=not run.strange and not grew)
                 if run.strange:
                     self._measure_again()
         elif log is not None:
@@ -345,7 +347,7 @@ class Autoplan:
                 self._link = None  # it may be that which has changed
             return
         if factor is not None and self._stage is Stage.PLANNED and self._course is not None:
-            self._calibration.see(factor, self._course.plan)
+            self._calibration.see(factor, self._course.plan, self._steps)
 
     def _look_beside(self) -> None:
         """See whether what was foreseen anew, or planned anew, beside the steps is ready by now."""
@@ -378,7 +380,7 @@ class Autoplan:
         """Whether the plan is carried out, its steps were timed, and nothing that would change it is in the making."""
         if self._stage is not Stage.PLANNED or self.checks.pending or self._calibration.in_the_making:
             return False
-        return self._given or (self._steps > SETTLED and not self.pace.doubts)
+        return self._given or (self._steps > SETTLED and not self._calibration.is_due(self._steps + 1, self.checks))
 
     def _measure_again(self) -> bool:
         """Begin to measure, unless that was done too lately; whether it begins."""

@@ -10,6 +10,9 @@ from .checks import Checks
 from .making import Foreseeing, Planning
 from .pace import SETTLED, Pace, foreseen_compute_ms, scaled
 
+# So many steps are timed in a row, at most, until one of them can be compared with what was foreseen.
+_TRIES = 4
+
 
 class Calibration:
     """What timed steps under a plan have changed of its times. See Note [The pace of steps].
@@ -28,10 +31,13 @@ class Calibration:
         self._foreseeing: tuple[Foreseeing, float] | None = None
         """What the plan will do with its times scaled by so much more."""
         self._remaking: Planning | None = None
+        self._compared = False
+        """Whether a step of the plan was compared after clocks had settled."""
 
     def follow(self, job: Planning, *, measured: bool) -> None:
         """The plan of `job` is carried out from now on. `measured`: what it was made of is a new measurement."""
         self.stop()
+        self._compared = False
         self._made_of, self._made_for = job.timeline, job.link
         if measured:
             self.pace.measured()
@@ -54,7 +60,9 @@ class Calibration:
 
     def is_due(self, number: int, checks: Checks) -> bool:
         """Whether step `number` of the plan, counted from 1, is to be timed for its pace."""
-        return self._made_of is not None and (number == SETTLED or (self.pace.doubts and not checks.pending))
+        if self._made_of is None or checks.pending:
+            return False
+        return self.pace.doubts or (not self._compared and SETTLED <= number < SETTLED + _TRIES)
 
     def factor(self, checks: Checks, prediction: Prediction | None) -> float | None:
         """How much longer than foreseen the step computed that was just read; None where they cannot be compared."""
@@ -65,8 +73,9 @@ class Calibration:
             return None  # something has changed, or nothing was measured
         return checks.compute_ms / foreseen_ms
 
-    def see(self, factor: float, plan: Plan) -> None:
-        """A step under `plan`, which is in force, computed `factor` times as long as foreseen."""
+    def see(self, factor: float, plan: Plan, number: int) -> None:
+        """A step of `plan`, of which `number` are over by now, computed `factor` times as long as was foreseen."""
+        self._compared |= number >= SETTLED
         if self.in_the_making:
             return  # what it was compared with is about to change
         by = self.pace.seen(factor)

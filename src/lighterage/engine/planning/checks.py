@@ -20,7 +20,7 @@ class Checks:
         self._slow = 0
         self.measured_ms: float | None = None
         self.compute_ms: float | None = None
-        """Of that what was no wait for copies; None where the step was not the one that was planned for."""
+        """Of that what was no wait for copies; None where the step is not one to compare with others."""
         self.measured_peak_bytes: int | None = None
         self.measured_phases_ms: list[tuple[str, int | None, float]] = []
         """Direction, section and milliseconds of its phases, waits among them."""
@@ -39,7 +39,7 @@ class Checks:
     def take(self, log: StepLog, *, fits: bool) -> None:
         """A step that was timed is over; it is read when the device has come past it.
 
-        `fits`: whether it was the step that was planned for.
+        `fits`: whether it was the step that was planned for, and did nothing that others will not do.
         """
         self._log, self._fits = log, fits
 
