@@ -29,7 +29,7 @@ def to_markdown(results: Row, environment: Environment) -> str:
     for case, title in titles.items():
         if case in results:
             parts += [title, _table(results[case], rivals if case == "curve" else [])]
-            parts += [f"- {row['mode']}: {row['why']}" for row in results[case] if row.get("why")]
+            parts += [_why(row) for row in results[case] if row.get("why")]
     if "host" in results:
         parts += ["## Host", _host(results["host"])]
     if "bits" in results:
@@ -43,12 +43,24 @@ def to_markdown(results: Row, environment: Environment) -> str:
         for model in dict.fromkeys(row["model"] for row in results.get(case, [])):
             rows = [row for row in results[case] if row["model"] == model]
             parts += [f"{title}: {model}", _table(rows, [row for row in rows if not row.get("ours")])]
-            parts += [f"- {row['mode']}: {row['why']}" for row in rows if row.get("why")]
+            parts += [_why(row) for row in rows if row.get("why")]
     if results.get("seconds"):
         parts.append(
             "Took " + ", ".join(f"{case} {seconds:.0f} s" for case, seconds in results["seconds"].items()) + "."
         )
     return "\n\n".join(parts)
+
+
+def _why(row: Row) -> str:
+    """What the plan is for, and what its steps have changed of it."""
+    told = []
+    if row.get("times_scaled", 1.0) != 1.0:
+        told.append(f"times scaled by {row['times_scaled']:.3f}")
+    if row.get("plans_remade"):
+        told.append(f"made anew from them {row['plans_remade']} times")
+    if row.get("drifts"):
+        told.append(f"measured anew {row['drifts']} times")
+    return f"- {row['mode']}: {row['why']}" + (f" ({', '.join(told)})" if told else "")
 
 
 def beaten_by(row: Row, rivals: Sequence[Row]) -> list[str]:

@@ -118,6 +118,34 @@ def test_a_budget_is_kept_to_with_the_same_bits(recompute: Any) -> None:
     assert max(peaks) <= 1.05 * budget
 
 
+@pytest.mark.usefixtures("deterministic")
+def test_what_is_foreseen_under_a_budget_is_what_steps_take_with_the_same_bits() -> None:
+    """Everything moves while it is measured, so that the times which are measured are not those of planned steps."""
+    plain, model = pair()
+    step(plain, 0)
+    expected, before = step(plain, 1)
+    plain.zero_grad(set_to_none=True)
+    before += sum(t.nbytes for t in expected)  # they are held from now on
+    with lighterage.offload(model, device_budget=10**15, recompute="never") as offloader:
+        until_planned(model, offloader)
+        timeline = offloader.timeline
+    assert timeline is not None
+    saved = sum(a.held_bytes for s in timeline.sections for a in s.allocations)
+    with lighterage.offload(model, device_budget=before - saved // 3) as offloader:
+        until_planned(model, offloader)
+        begin, num_steps = time.monotonic(), 0
+        while num_steps < 12 or (not offloader.report().plan_settled and time.monotonic() - begin < 20):
+            got, _ = step(model, 1)
+            assert same(expected, got)
+            del got
+            num_steps += 1
+        report = offloader.report()
+        assert offloader.stats().bytes_out > 0 or any(s.mode != "save" for s in report.sections)
+    assert report.plan_settled
+    assert report.predicted_ms is not None and report.measured_ms is not None
+    assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.12), str(report)
+
+
 def test_a_budget_under_the_floor_is_refused() -> None:
     _, model = pair()
     with lighterage.offload(model, device_budget="64MiB") as offloader, pytest.raises(BudgetError) as refused:

@@ -191,6 +191,11 @@ class Ledger:
         while len(self._settling) > 2:
             self._fold(self._settling.popleft().stats())
 
+    def settle_waits(self) -> None:
+        """Read what waits of the steps that were lately finished took, as far as is known by now. Never blocks."""
+        for step in self._settling:
+            step.settle()
+
     def _fold(self, stats: OffloadStats) -> None:
         self._total = _sum(self._total, stats)
 

@@ -96,7 +96,13 @@ class Offloader:
         link = functools.partial(measure_link, device, tier, self._policy.disk_dir)
         stores = self._stores
         return Autoplan(
-            self._policy, self._traffic, self._modules.module_of, device, link, lambda: stores.host_bytes_reserved
+            self._policy,
+            self._traffic,
+            self._modules.module_of,
+            device,
+            link,
+            lambda: stores.host_bytes_reserved,
+            self._ledger.settle_waits,
         )
 
     def _attach(self) -> None:

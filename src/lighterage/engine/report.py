@@ -69,6 +69,12 @@ class Report:
     """Host time that making the plan took, once."""
     link: str | None = None
     """What the copies go over, as it was measured."""
+    times_scaled: float = 1.0
+    """By what the times were scaled since they were measured, to be those of steps under the plan."""
+    plans_remade: int = 0
+    """How often the plan was made anew since then, of the times as they were scaled."""
+    plan_settled: bool = False
+    """Whether steps under the plan were timed, and nothing is in the making that would change what is foreseen."""
     drifts: int = 0
     """How often steps were measured anew because they did not fit the plan."""
     agreed_with: int = 1
@@ -127,6 +133,9 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         "measured_phases_ms": list(auto.checks.measured_phases_ms),
         "planning_ms": auto.planning_ms,
         "link": auto.link_text,
+        "times_scaled": auto.pace.since_measured,
+        "plans_remade": auto.pace.num_remade,
+        "plan_settled": auto.is_settled,
         "drifts": auto.num_drifts,
         "agreed_with": auto.agreed_with,
     }
@@ -227,6 +236,9 @@ def _plan_lines(report: Report) -> list[str]:
         lines.append(text)
     if report.link is not None:
         lines.append(f"link: {report.link}")
+    if report.times_scaled != 1.0:
+        text = f"times scaled by {report.times_scaled:.3f} since they were measured, as steps under the plan took"
+        lines.append(text + (f"; made anew from them {report.plans_remade} times" if report.plans_remade else ""))
     if report.drifts:
         lines.append(f"measured anew {report.drifts} times, since steps did not fit the plan")
     if report.agreed_with > 1:

@@ -18,12 +18,14 @@ from ..policy import Policy
 from ..traffic import Traffic
 from ..units import format_bytes
 from .budget import Budget
+from .calibration import Calibration
 from .checks import Checks
 from .clock import Gauge, clock_of
 from .course import Course
 from .events import Events
 from .making import Planning
 from .measurements import Measurements
+from .pace import SETTLED, scaled
 from .room import Room
 from .run import Run
 from .step_log import StepLog
@@ -64,11 +66,18 @@ class Autoplan:
         device: torch.device,
         measure_link: Callable[[], Link],
         reserved_bytes: Callable[[], int],
+        settle_waits: Callable[[], None],
     ) -> None:
-        """`reserved_bytes`: of host memory, so far. A step in which it grew has waited for that."""
+        """Make one that has yet to see a step.
+
+        Args:
+            reserved_bytes: of host memory, so far. A step in which it grew has waited for that.
+            settle_waits: reads what reloads in the last steps have waited, as far as is known.
+        """
         self._policy = policy
         self._measure_link = measure_link
         self._reserved_bytes = reserved_bytes
+        self._settle_waits = settle_waits
         self._reserved_before = 0
         self._device = device
         self._clock = clock_of(device)
@@ -79,6 +88,8 @@ class Autoplan:
         self._stage = Stage.SIZING
         self._course: Course | None = None
         self._given = False
+        self._together = False
+        """Whether the timeline is one that several ranks have in common."""
         self._link: Link | None = None
         self._job: Planning | None = None
         self._restarts = 0
@@ -90,6 +101,9 @@ class Autoplan:
         """Whom to tell of what happens to sections, within a step."""
         self.checks = Checks()
         """What steps take under the plan."""
+        self._calibration = Calibration(beside=device.type != "cpu")
+        self.pace = self._calibration.pace
+        """How that compares with what was measured before."""
         self.timeline: Timeline | None = None
         self.prediction: Prediction | None = None
         self.num_drifts = 0
@@ -129,6 +143,7 @@ class Autoplan:
     def use(self, plan: Plan, timeline: Timeline) -> None:
         """Carry `plan` out from the next step on, and measure nothing more."""
         self._given = True
+        self._calibration.stop()
         self._course = Course(plan, timeline, self._measurements.recipes())
         self.timeline = timeline
         self.prediction = None
@@ -155,7 +170,8 @@ class Autoplan:
         if self._stage is Stage.PLANNED:
             assert self._course is not None
             # What is saved has to be told for the peak where no allocator can tell it.
-            timed = self.checks.is_due(self._steps + 1)
+            number = self._steps + 1
+            timed = self.checks.is_due(number) or self._calibration.is_due(number, self.checks)
             log = self._new_log(detailed=self._gauge.now() is None) if timed else None
             self.events.step_begins(log, Run(self._course))
         elif self._stage is Stage.TRIAL:
@@ -198,8 +214,10 @@ class Autoplan:
         if self._stage is Stage.PLANNED:
             if run is not None:
                 self._steps += 1
-                if log is not None:
-                    self.checks.take(log)
+                if log is not None and run.course is self._course:
+                    # What waited for host memory will not wait for it again.
+                    grew = self._reserved_bytes() > self._reserved_before
+                    self.checks.take(log, fits=not run.strange and not grew)
                 if run.strange:
                     self._measure_again()
         elif log is not None:
@@ -226,8 +244,11 @@ class Autoplan:
     def _look(self) -> None:
         """See whether what was measured can be read by now, and go on."""
         measured = self._measurements
-        if self.checks.read():
+        if self.checks.readable:
+            self._settle_waits()
+            self.checks.read()
             self._judge()
+        self._look_beside()
         if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
             if not all(log.readable for log in measured.timed):
                 return
@@ -240,7 +261,7 @@ class Autoplan:
         if self._stage is Stage.PLANNING:
             assert self._job is not None
             if self._job.done.is_set():
-                self._adopt(self._job)
+                self._adopt(self._job, measured=True)
             return
         if self._stage is Stage.TRIAL and measured.trials_done:
             try:
@@ -279,8 +300,8 @@ class Autoplan:
         else:
             background.start(self._job.run, "lighterage-plan")
 
-    def _adopt(self, job: Planning) -> None:
-        """Carry out, from this step on, what was planned.
+    def _adopt(self, job: Planning, *, measured: bool) -> None:
+        """Carry out, from this step on, what was planned. `measured`: from a new measurement.
 
         Raises:
             BudgetError, ValueError: no plan keeps to the budget, or to the rules.
@@ -294,25 +315,72 @@ class Autoplan:
             raise job.error.with_traceback(None)
         self._job = None
         assert job.plan is not None
+        if measured:
+            self._together = job.num_ranks > 1
         self._course = Course(job.plan, job.timeline, self._measurements.recipes())
         self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
         self.checks.new_plan()
+        self._calibration.follow(job, measured=measured)
         self._stage = Stage.PLANNED
         self._steps = 0
         self._num_plans += 1
 
     def _judge(self) -> None:
-        """A planned step was timed: plan anew if it took more than the budget, or if steps have become slower."""
+        """A planned step was timed: plan anew if it took more than the budget, or if steps have become slower.
+
+        Otherwise what is foreseen is brought to its pace. Drift is judged first, and by what was measured before any
+        step was compared: no slowness that has come since may hide in the pace.
+        """
         peak_bytes = self.checks.measured_peak_bytes
         assert peak_bytes is not None
-        timeline, link = self.timeline, self._link
+        timeline, link, prediction = self.timeline, self._link, self.prediction
+        factor = self._calibration.factor(self.checks, prediction)
         if not self._given and timeline is not None and link is not None and self._budget.broken_by(peak_bytes):
-            job = self._budget.tighter(peak_bytes, timeline, link, self.prediction)
+            by = 1.0 if factor is None or self._together else self.pace.within(factor)
+            job = self._budget.tighter(peak_bytes, scaled(timeline, by), link, prediction)
             if job is not None:
-                self._adopt(job)  # the step that begins now has waited for it
+                self.pace.scale(by)
+                self._adopt(job, measured=False)  # the step that begins now has waited for it
                 return
-        if self.prediction is not None and self.checks.are_slow(self.prediction) and self._measure_again():
-            self._link = None  # it may be that which has changed
+        elif prediction is not None and self.checks.are_slow(self.pace.as_measured(prediction.step_ms)):
+            if self._measure_again():
+                self._link = None  # it may be that which has changed
+            return
+        if factor is not None and self._stage is Stage.PLANNED and self._course is not None:
+            self._calibration.see(factor, self._course.plan, self._steps)
+
+    def _look_beside(self) -> None:
+        """See whether what was foreseen anew, or planned anew, beside the steps is ready by now."""
+        foreseen = self._calibration.foreseen_anew()
+        if foreseen is not None:
+            timeline, self.prediction = foreseen
+            if not self._together:
+                self.timeline = timeline
+        job = self._calibration.remade()
+        if job is not None:
+            self._adopt(job, measured=False)
+        elif self._may_remake and self.pace.asks_for_a_plan(self._steps):
+            assert self.timeline is not None
+            assert self._link is not None
+            self._calibration.remake(Planning(self.timeline, self._link, self._budget.goal, agree=False))
+
+    @property
+    def _may_remake(self) -> bool:
+        """Whether another plan may be made beside the steps now, of the timeline at their pace.
+
+        A CPU's steps would wait for it. Ranks that planned together have one timeline, and each a pace of its own: they
+        must not plan apart, for each waits for the slowest in its collectives.
+        """
+        if self._device.type == "cpu" or self._together or self._link is None or self.checks.pending:
+            return False
+        return self._calibration.follows and not self._calibration.in_the_making and not self.pace.doubts
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the plan is carried out, its steps were timed, and nothing that would change it is in the making."""
+        if self._stage is not Stage.PLANNED or self.checks.pending or self._calibration.in_the_making:
+            return False
+        return self._given or (self._steps > SETTLED and not self._calibration.is_due(self._steps + 1, self.checks))
 
     def _measure_again(self) -> bool:
         """Begin to measure, unless that was done too lately; whether it begins."""
@@ -320,6 +388,7 @@ class Autoplan:
             return False
         self._patience *= 2
         self.num_drifts += 1
+        self._calibration.stop()
         self._stage = Stage.SIZING
         self._restarts = 0
         # Measuring must not take more memory than the plan did.

@@ -1,4 +1,4 @@
-"""Makes one plan from what was measured, beside the steps that go on meanwhile."""
+"""Makes one plan from what was measured, or foresees anew what it does, beside the steps that go on meanwhile."""
 
 from __future__ import annotations
 
@@ -54,6 +54,11 @@ class Planning:
         self.ms = 0.0
         self.num_ranks = 1
 
+    @property
+    def link(self) -> Link:
+        """What it is made for."""
+        return self._link
+
     def run(self) -> None:
         """Make it; `done` is set whatever comes of it."""
         try:
@@ -69,6 +74,26 @@ class Planning:
             self.error = error.with_traceback(None)
             self.error.__context__ = None
         self.done.set()
+
+
+class Foreseeing:
+    """What a plan that there is will do, in the making."""
+
+    def __init__(self, timeline: Timeline, plan: Plan, link: Link) -> None:
+        """`link`: as the plan was made for it. `timeline`: with other times than the plan was made for, perhaps."""
+        self.timeline = timeline
+        self._plan = plan
+        self._link = link
+        self.done = threading.Event()
+        self.prediction: Prediction | None = None
+
+    def run(self) -> None:
+        """Foresee it; `done` is set whatever comes of it."""
+        try:
+            with _giving_way():
+                self.prediction = simulate(self.timeline, self._plan, self._link)
+        finally:
+            self.done.set()
 
 
 # Note [Planning beside the steps]
