@@ -9,6 +9,7 @@ import torch
 
 from lighterage.engine import link as link_module
 from lighterage.engine.link import measure_link
+from lighterage.planner.links import PCIE_COMPUTE_SLOWDOWN
 from lighterage.planner.timeline import Link
 
 
@@ -122,5 +123,6 @@ def test_a_gpu_link_is_measured_in_a_moment_and_leaves_no_memory(tier):
     assert torch.cuda.memory_allocated(device) == before
     assert torch.cuda.current_stream(device) == stream
     assert link.out_bytes_per_s > 1e8 and link.in_bytes_per_s > 1e8
+    assert link.compute_slowdown == PCIE_COMPUTE_SLOWDOWN
     if tier == "host":
         assert link.copy_us < 200

@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 import torch
 
+from ..planner.links import PCIE_COMPUTE_SLOWDOWN
 from ..planner.timeline import Link
 from .disk import DiskStore
 from .units import KIB, MIB
@@ -63,6 +64,7 @@ def measure_link(
         both_bytes_per_s=min(link.both_bytes_per_s, disk.both_bytes_per_s),
         copy_us=link.copy_us + disk.copy_us,
         name=name,
+        compute_slowdown=link.compute_slowdown,
     )
 
 
@@ -115,7 +117,9 @@ def _lanes(device: torch.device, name: str) -> Link:
         lanes.seconds(_LARGE, out=1, back=1)  # the first copy of a process makes what copies need
         out, back, both = _rates(lanes.seconds)
         small_s = min(lanes.seconds(_SMALL, out=16) for _ in range(_ROUNDS)) / 16
-    return _link(name, out, back, both, small_s)
+    # Too little to be measured in a moment.
+    slowdown = PCIE_COMPUTE_SLOWDOWN if device.type == "cuda" else 0.0
+    return _link(name, out, back, both, small_s, slowdown)
 
 
 class _Times(Protocol):
@@ -182,7 +186,7 @@ def _seconds(work: Callable[[], object]) -> tuple[float, float]:
     return max(statistics.median(times), 1e-9), min(times)
 
 
-def _link(name: str, out: float, back: float, both: float, small_s: float) -> Link:
+def _link(name: str, out: float, back: float, both: float, small_s: float, compute_slowdown: float = 0.0) -> Link:
     """`small_s`: of one small copy out. What its bytes do not account for is what a copy costs beside them."""
     return Link(
         out_bytes_per_s=out,
@@ -191,4 +195,5 @@ def _link(name: str, out: float, back: float, both: float, small_s: float) -> Li
         both_bytes_per_s=min(max(both, out, back), out + back),
         copy_us=max((small_s - _SMALL / out) * 1e6, 0.0),
         name=name,
+        compute_slowdown=compute_slowdown,
     )
