@@ -10,6 +10,8 @@ may be Hadamard-transformed first (`nvfp4_columns`).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,7 +27,7 @@ from lighterage.kernels.triton.casts import (
     without_nan,
 )
 from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
-from lighterage.kernels.triton.nvfp4_amax import partial_amax, split_amax
+from lighterage.kernels.triton.nvfp4_amax import amax_work, partial_amax, split_amax
 from lighterage.kernels.triton.nvfp4_columns import (
     advanced,
     hadamard_16,
@@ -350,13 +352,25 @@ def split_quantize_nvfp4(
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
     row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
     hadamard = hadamard and columnwise
-    lanes, hardware = padded_splits(num_splits), has_fp8_casts(x.device.index)
-    found = partial_amax(
-        x, ends, num_splits=num_splits, hadamard=hadamard, swiglu=swiglu, tile_k=amax_tile_k, num_warps=amax_warps
-    )
+    hardware = has_fp8_casts(x.device.index)
+    amax = amax_work(num_rows, num_cols, num_splits, hadamard, swiglu, hardware, amax_tile_k)
+    switches = rowwise, columnwise, hadamard, block_2d, stochastic_rounding, swiglu, hardware
+    grid, constants = _work(num_rows, num_cols, num_splits, switches, tile_k, tiles_per_program)
+    with on_device_of(x):
+        partials = partial_amax(x, ends, amax, num_warps=amax_warps)
+        pointers = (x, ends, partials, row_buffer, col_buffer)
+        numbers = (num_splits, amax.rows_per_program, amax.num_partials, seed)
+        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)
+
+
+@lru_cache(maxsize=512)
+def _work(
+    num_rows: int, num_cols: int, num_splits: int, switches: tuple[bool, ...], tile_k: int, tiles_per_program: int
+) -> tuple[int, dict[str, object]]:
+    """The programs and the constants of the second launch, for a matrix to quantize."""
+    rowwise, columnwise, hadamard, block_2d, stochastic_rounding, swiglu, hardware = switches
     k_tiles = -(-num_cols // tile_k)
-    grid = num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program)
-    constants = {
+    return num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program), {
         "NUM_COLS": num_cols,
         "ROWWISE": rowwise,
         "COLUMNWISE": columnwise,
@@ -364,12 +378,8 @@ def split_quantize_nvfp4(
         "BLOCK_2D": block_2d,
         "STOCHASTIC": stochastic_rounding,
         "SWIGLU": swiglu,
-        "LANES": lanes,
+        "LANES": padded_splits(num_splits),
         "C": tile_k,
         "TILES_PER_PROGRAM": tiles_per_program,
         "HARDWARE": hardware,
     }
-    pointers = (x, ends, found.partials, row_buffer, col_buffer)
-    numbers = (num_splits, found.rows_per_program, found.num_partials, seed)
-    with on_device_of(x):
-        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)
