@@ -24,6 +24,7 @@ pytest.importorskip("triton")
 
 from lighterage.formats.layout import bulk_layout
 from lighterage.kernels.reference.nvfp4 import quantize, unpack
+from lighterage.kernels.triton import nvfp4, nvfp4_amax
 from lighterage.kernels.triton.nvfp4 import split_quantize_nvfp4
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter: NaN and Inf are meant
@@ -158,6 +159,33 @@ def test_stochastic_rounding_repeats_with_its_seed_and_differs_with_another() ->
 def test_stochastic_2d_blocks_are_transposes_of_each_other() -> None:
     row, col = _stochastic(_grid_input(64, 64).to(DEVICE), [64], seed=5, block_2d=True)
     assert torch.equal(row, col.t())
+
+
+def test_what_is_compiled_does_not_depend_on_the_rows_or_on_a_few_splits(monkeypatch) -> None:
+    asked = set()
+
+    def compiled(kernel, grid, pointers, numbers, constants, **options) -> None:
+        dtypes = tuple(pointer.dtype for pointer in pointers)
+        asked.add((kernel.fn.__name__, dtypes, tuple(constants.values()), tuple(options.items())))
+
+    for module in (nvfp4, nvfp4_amax):
+        monkeypatch.setattr(module, "launch", compiled)
+    buffer = torch.empty(16, dtype=torch.uint8, device=DEVICE)
+    for num_rows, num_splits in ((16, 1), (4096, 8), (1 << 20, 64)):
+        x = torch.empty(num_rows, 32, dtype=torch.bfloat16, device=DEVICE)
+        ends = ends_of([num_rows // num_splits] * num_splits)
+        split_quantize_nvfp4(
+            x,
+            ends,
+            buffer,
+            buffer,
+            num_splits=num_splits,
+            hadamard=True,
+            block_2d=False,
+            stochastic_rounding=True,
+            seed=1,
+        )
+    assert len(asked) == 2
 
 
 def test_misuse_is_refused() -> None:

@@ -17,6 +17,18 @@ _INF_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
+def laid_out_as(x, like, HARDWARE: tl.constexpr):
+    """int32 `x` as it is, but computed by the threads that hold the 32-bit values `like`, of the same shape.
+
+    Triton lets what is not loaded begin in a layout of its own, and may move it to the other tensors' one by one.
+    """
+    if HARDWARE:  # a move that takes `like` too: an operation's tensors share a layout
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r,r", [x, like], dtype=tl.int32, is_pure=True, pack=1)
+    else:
+        return x
+
+
+@triton.jit
 def widen(x, HARDWARE: tl.constexpr):
     """bf16, fp16 or fp32 to fp32, exactly."""
     if x.dtype != tl.bfloat16:

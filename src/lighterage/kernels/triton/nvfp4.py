@@ -10,6 +10,8 @@ may be Hadamard-transformed first (`nvfp4_columns`).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,7 @@ import triton.language as tl
 from lighterage.kernels.triton.casts import (
     e2m1_code,
     e2m1_code_stochastic,
+    laid_out_as,
     largest_magnitude,
     magnitude,
     nvfp4_block_scale,
@@ -24,14 +27,21 @@ from lighterage.kernels.triton.casts import (
     without_nan,
 )
 from lighterage.kernels.triton.launch import check_group, either, has_fp8_casts, launch, on_device_of, quantized_shape
-from lighterage.kernels.triton.nvfp4_amax import partial_amax, split_amax
-from lighterage.kernels.triton.nvfp4_columns import hadamard_16, load_16_rows, widen_16
+from lighterage.kernels.triton.nvfp4_amax import amax_work, partial_amax, split_amax
+from lighterage.kernels.triton.nvfp4_columns import (
+    advanced,
+    hadamard_16,
+    input_pointers,
+    inside_split,
+    load_16_rows,
+    rows_of_16,
+    widen_16,
+)
 from lighterage.kernels.triton.splits import (
     data_offset,
     find_split,
     num_slots,
     padded_splits,
-    rows_of_splits,
     units_before,
 )
 
@@ -90,8 +100,8 @@ def _spread(block_values, G: tl.constexpr, C: tl.constexpr):
 
 @triton.jit
 def _quantize_tile(
-    x,
-    row_data,
+    input_rows,
+    data_rows,
     row_scales,
     col_data,
     col_scales,
@@ -114,18 +124,23 @@ def _quantize_tile(
     C: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
-    """128 rows of a split, as 8 groups of 16, by `C` columns. Zeros from outside give scale code 0, the pad's value."""
+    """128 rows of a split, as 8 groups of 16, by `C` columns. Zeros from outside give scale code 0, the pad's value.
+
+    input_rows, data_rows: pointers to the tile's inputs and rowwise codes, a tensor for each row of a group.
+    """
     G: tl.constexpr = 8
     MASK_K: tl.constexpr = NUM_COLS % C != 0
     K_BLOCKS_PADDED: tl.constexpr = (NUM_COLS + 63) // 64 * 4
     group = tile * G + tl.arange(0, G)
     offs_k = k_tile * C + tl.arange(0, C)
     first_row = group * 16
-    values = widen_16(load_16_rows(x, first_row, offs_k, rows, NUM_COLS, MASK_K, SWIGLU, HARDWARE), HARDWARE)
+    inside = inside_split(first_row, offs_k, rows, NUM_COLS, MASK_K)
+    values = widen_16(load_16_rows(input_rows, inside, SWIGLU, HARDWARE), HARDWARE)
     row_random = values
     col_random = values
     if STOCHASTIC:
-        column = tl.broadcast_to(offs_k[None, :], [G, C])
+        # Else the random numbers pass through shared memory, row by row, to where the values are.
+        column = laid_out_as(tl.broadcast_to(offs_k[None, :], [G, C]), values[0], HARDWARE)
         place = tl.broadcast_to((start // 16 + group)[:, None], [G, C])
         row_random = _random_bytes(seed, column, place, 0)
         if COLUMNWISE and not BLOCK_2D:
@@ -149,7 +164,6 @@ def _quantize_tile(
         # The pad reaches to the next multiple of 128 rows, which is where the tile ends.
         row = tile * 128 + tl.arange(0, 128)
         scale_mask = tl.broadcast_to((block < K_BLOCKS_PADDED)[None, :], [G * 16, C // 16])
-        data_pointers = row_data + first_row.to(tl.int64)[:, None] * (NUM_COLS // 2) + byte[None, :]
         scale_pointers = row_scales + row.to(tl.int64)[:, None] * K_BLOCKS_PADDED + block[None, :]
         block_codes = ()
         for r in tl.static_range(16):
@@ -164,7 +178,7 @@ def _quantize_tile(
                 else:
                     code = e2m1_code(scaled, HARDWARE)
             low, high = tl.split(tl.reshape(code, [G, C // 2, 2]))
-            tl.store(data_pointers + r * (NUM_COLS // 2), (low + (high << 4)).to(tl.uint8), mask=data_mask)
+            tl.store(data_rows[r], (low + (high << 4)).to(tl.uint8), mask=data_mask)
             block_codes = block_codes + (block_code.to(tl.uint8),)
         # All 16 rows' scales at once: a store of each by itself would cost a trip through shared memory.
         tl.store(
@@ -210,7 +224,6 @@ def _split_quantize_kernel(
     STOCHASTIC: tl.constexpr,
     SWIGLU: tl.constexpr,
     LANES: tl.constexpr,
-    PARTIALS: tl.constexpr,
     C: tl.constexpr,
     TILES_PER_PROGRAM: tl.constexpr,
     HARDWARE: tl.constexpr,
@@ -226,17 +239,17 @@ def _split_quantize_kernel(
     if (tile * 128 >= rows) & (writes_amax == 0):
         return
     offset, scales_start = data_offset(ends, split, start, num_splits, NUM_COLS // 2, 16, LANES)
-    row_amax = split_amax(partials, split, start, rows, rows_per_program, PARTIALS)
+    row_amax = split_amax(partials, split, start, rows, rows_per_program)
     col_amax = row_amax
     if HADAMARD:
-        col_amax = split_amax(partials + num_partials, split, start, rows, rows_per_program, PARTIALS)
+        col_amax = split_amax(partials + num_partials, split, start, rows, rows_per_program)
     if writes_amax:
-        all_rows = rows_of_splits(ends, num_splits, LANES)
+        all_128, all_64 = units_before(ends, num_splits, 128, 64, LANES)
         if ROWWISE:
-            place = scales_start + tl.sum((all_rows + 127) // 128, 0).to(tl.int64) * (128 * K_BLOCKS_PADDED)
+            place = scales_start + all_128.to(tl.int64) * (128 * K_BLOCKS_PADDED)
             tl.store((row_buffer + (place + split * 16)).to(tl.pointer_type(tl.float32)), row_amax)
         if COLUMNWISE:
-            place = scales_start + tl.sum((all_rows + 63) // 64, 0).to(tl.int64) * (4 * K_PADDED)
+            place = scales_start + all_64.to(tl.int64) * (4 * K_PADDED)
             tl.store((col_buffer + (place + split * 16)).to(tl.pointer_type(tl.float32)), col_amax)
     row_multiplier, row_decode = nvfp4_global_scale(row_amax)
     col_multiplier, col_decode = nvfp4_global_scale(col_amax)
@@ -246,10 +259,16 @@ def _split_quantize_kernel(
     x += start.to(tl.int64) * (2 * NUM_COLS if SWIGLU else NUM_COLS)
     first = (program % K_PROGRAMS) * TILES_PER_PROGRAM
     last = tl.where(rows > 0, tl.minimum(first + TILES_PER_PROGRAM, K_TILES), first)  # an empty split has no tile
+    # Note [Pointers that a loop carries]
+    first_row = (tile * 8 + tl.arange(0, 8)) * 16
+    byte = first * (C // 2) + tl.arange(0, C // 2)
+    codes = row_buffer + offset + first_row.to(tl.int64)[:, None] * (NUM_COLS // 2) + byte[None, :]
+    data_rows = rows_of_16(codes, NUM_COLS // 2)
+    input_rows = input_pointers(x, first_row, first * C + tl.arange(0, C), NUM_COLS, SWIGLU)
     for k_tile in range(first, last):
         _quantize_tile(
-            x,
-            row_buffer + offset,
+            input_rows,
+            data_rows,
             row_buffer + row_scales,
             col_buffer + offset,
             col_buffer + col_scales,
@@ -272,6 +291,8 @@ def _split_quantize_kernel(
             C,
             HARDWARE,
         )
+        input_rows = advanced(input_rows, C)
+        data_rows = advanced(data_rows, C // 2)
 
 
 def split_quantize_nvfp4(
@@ -331,13 +352,25 @@ def split_quantize_nvfp4(
     rowwise, columnwise = rowwise_buffer is not None, columnwise_buffer is not None
     row_buffer, col_buffer = either(rowwise_buffer, columnwise_buffer), either(columnwise_buffer, rowwise_buffer)
     hadamard = hadamard and columnwise
-    lanes, hardware = padded_splits(num_splits), has_fp8_casts(x.device.index)
-    found = partial_amax(
-        x, ends, num_splits=num_splits, hadamard=hadamard, swiglu=swiglu, tile_k=amax_tile_k, num_warps=amax_warps
-    )
+    hardware = has_fp8_casts(x.device.index)
+    amax = amax_work(num_rows, num_cols, num_splits, hadamard, swiglu, hardware, amax_tile_k)
+    switches = rowwise, columnwise, hadamard, block_2d, stochastic_rounding, swiglu, hardware
+    grid, constants = _work(num_rows, num_cols, num_splits, switches, tile_k, tiles_per_program)
+    with on_device_of(x):
+        partials = partial_amax(x, ends, amax, num_warps=amax_warps)
+        pointers = (x, ends, partials, row_buffer, col_buffer)
+        numbers = (num_splits, amax.rows_per_program, amax.num_partials, seed)
+        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)
+
+
+@lru_cache(maxsize=512)
+def _work(
+    num_rows: int, num_cols: int, num_splits: int, switches: tuple[bool, ...], tile_k: int, tiles_per_program: int
+) -> tuple[int, dict[str, object]]:
+    """The programs and the constants of the second launch, for a matrix to quantize."""
+    rowwise, columnwise, hadamard, block_2d, stochastic_rounding, swiglu, hardware = switches
     k_tiles = -(-num_cols // tile_k)
-    grid = num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program)
-    constants = {
+    return num_slots(num_rows, num_splits, 128) * -(-k_tiles // tiles_per_program), {
         "NUM_COLS": num_cols,
         "ROWWISE": rowwise,
         "COLUMNWISE": columnwise,
@@ -345,13 +378,8 @@ def split_quantize_nvfp4(
         "BLOCK_2D": block_2d,
         "STOCHASTIC": stochastic_rounding,
         "SWIGLU": swiglu,
-        "LANES": lanes,
-        "PARTIALS": max(16, triton.next_power_of_2(found.num_programs)),
+        "LANES": padded_splits(num_splits),
         "C": tile_k,
         "TILES_PER_PROGRAM": tiles_per_program,
         "HARDWARE": hardware,
     }
-    pointers = (x, ends, found.partials, row_buffer, col_buffer)
-    numbers = (num_splits, found.rows_per_program, found.num_partials, seed)
-    with on_device_of(x):
-        launch(_split_quantize_kernel, grid, pointers, numbers, constants, num_warps=num_warps, maxnreg=max_registers)

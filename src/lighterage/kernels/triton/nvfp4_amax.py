@@ -4,11 +4,13 @@ Note [Partial amax]
 The amax launch has a fixed number of programs, each for a run of consecutive rows. Program p writes one partial amax
 for each split that it meets, at `p + split`. Walking over the rows either p or the split grows from one partial to the
 next, so no two partials share a place, and those of one split lie side by side: the quantizing programs of the split
-reduce them, and nothing has to be initialised or kept between calls.
+reduce them, and nothing has to be initialised or kept between calls. The most that a split can have is a constant, so
+that what is compiled does not depend on the number of rows.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,11 +18,18 @@ import triton
 import triton.language as tl
 
 from lighterage.kernels.triton.casts import largest_magnitude
-from lighterage.kernels.triton.launch import has_fp8_casts, launch, on_device_of, quantized_shape
-from lighterage.kernels.triton.nvfp4_columns import hadamard_16, load_16_rows, widen_16
+from lighterage.kernels.triton.launch import launch
+from lighterage.kernels.triton.nvfp4_columns import (
+    hadamard_16,
+    input_pointers,
+    inside_split,
+    load_16_rows,
+    widen_16,
+)
 from lighterage.kernels.triton.splits import padded_splits
 
 _PROGRAMS = 1024
+_MOST_PARTIALS = tl.constexpr(_PROGRAMS)  # of a split: each program has one of it at most
 
 
 @triton.jit(do_not_specialize=["num_splits", "num_groups", "groups_per_program", "num_partials"])
@@ -60,7 +69,9 @@ def _amax_kernel(
                 first_row = tl.zeros([1], tl.int32) + g * 16
                 offs_k = k + tl.arange(0, TILE_K)
                 MASK_K: tl.constexpr = NUM_COLS % TILE_K != 0
-                values = load_16_rows(x, first_row, offs_k, first_row + 1, NUM_COLS, MASK_K, SWIGLU, HARDWARE)
+                inside = inside_split(first_row, offs_k, first_row + 1, NUM_COLS, MASK_K)
+                pointers = input_pointers(x, first_row, offs_k, NUM_COLS, SWIGLU)
+                values = load_16_rows(pointers, inside, SWIGLU, HARDWARE)
                 plain = tl.maximum(plain, largest_magnitude(values, HARDWARE))
                 if HADAMARD:
                     values = hadamard_16(widen_16(values, HARDWARE), HARDWARE)
@@ -72,47 +83,56 @@ def _amax_kernel(
 
 
 @triton.jit
-def split_amax(partials, split, start, rows, rows_per_program, PARTIALS: tl.constexpr):
+def split_amax(partials, split, start, rows, rows_per_program):
     """The amax of a split, from its partials; 0 if it has no rows."""
     first = start // rows_per_program
     count = tl.where(rows > 0, (start + rows - 1) // rows_per_program - first + 1, 0)
-    offs = tl.arange(0, PARTIALS)
-    return tl.max(tl.load(partials + first + split + offs, mask=offs < count, other=0.0), 0)
+    largest = tl.zeros([512], tl.float32)
+    pointers = partials + first + split + tl.arange(0, 512)
+    for done in range(0, _MOST_PARTIALS, 512):  # note [Pointers that a loop carries]
+        largest = tl.maximum(largest, tl.load(pointers, mask=done + tl.arange(0, 512) < count, other=0.0))
+        pointers += 512
+    return tl.max(largest, 0)
 
 
-class PartialAmax(NamedTuple):
-    """What `split_amax` reduces: note [Partial amax]."""
+class AmaxWork(NamedTuple):
+    """How the amax launch of one shape is cut: note [Partial amax]."""
 
-    partials: torch.Tensor
-    """fp32, `num_partials` of the plain values, then as many of the transformed ones if there are any."""
-    num_partials: int
     num_programs: int
     rows_per_program: int
+    num_partials: int
+    """Of the plain values; there are as many of the transformed ones, after them, if there are any."""
+    numbers: tuple[int, ...]
+    constants: dict[str, object]
 
 
-def partial_amax(
-    x: torch.Tensor, ends: torch.Tensor, *, num_splits: int, hadamard: bool, swiglu: bool, tile_k: int, num_warps: int
-) -> PartialAmax:
-    """The partial amax of every split of `x`, in one launch on the current stream.
-
-    x, ends, num_splits, hadamard, swiglu: as of `split_quantize_nvfp4`, which checks them; hadamard: of the transformed
-        values too. tile_k, num_warps: how the work is cut; they change speed alone.
-    """
-    num_rows, num_cols = quantized_shape(x, swiglu)
+@lru_cache(maxsize=512)
+def amax_work(
+    num_rows: int, num_cols: int, num_splits: int, hadamard: bool, swiglu: bool, hardware: bool, tile_k: int
+) -> AmaxWork:
+    """The work for a matrix to quantize; `tile_k` changes speed alone."""
     num_groups = num_rows // 16
     groups_per_program = max(1, -(-num_groups // _PROGRAMS))
     num_programs = max(1, -(-num_groups // groups_per_program))
     num_partials = num_programs + num_splits
-    partials = torch.empty(num_partials * (2 if hadamard else 1), dtype=torch.float32, device=x.device)
-    constants = {
+    constants: dict[str, object] = {
         "NUM_COLS": num_cols,
         "HADAMARD": hadamard,
         "SWIGLU": swiglu,
         "LANES": padded_splits(num_splits),
         "TILE_K": min(tile_k, triton.next_power_of_2(num_cols)),
-        "HARDWARE": has_fp8_casts(x.device.index),
+        "HARDWARE": hardware,
     }
     numbers = (num_splits, num_groups, groups_per_program, num_partials)
-    with on_device_of(x):
-        launch(_amax_kernel, num_programs, (x, ends, partials), numbers, constants, num_warps=num_warps)
-    return PartialAmax(partials, num_partials, num_programs, groups_per_program * 16)
+    return AmaxWork(num_programs, groups_per_program * 16, num_partials, numbers, constants)
+
+
+def partial_amax(x: torch.Tensor, ends: torch.Tensor, work: AmaxWork, *, num_warps: int) -> torch.Tensor:
+    """The partial amax of every split of `x`, fp32, in one launch on the current stream of x's device, the current one.
+
+    x, ends: as of `split_quantize_nvfp4`, which checks them. num_warps: changes speed alone.
+    """
+    num_partials = work.num_partials * (2 if work.constants["HADAMARD"] else 1)
+    partials = torch.empty(num_partials, dtype=torch.float32, device=x.device)
+    launch(_amax_kernel, work.num_programs, (x, ends, partials), work.numbers, work.constants, num_warps=num_warps)
+    return partials

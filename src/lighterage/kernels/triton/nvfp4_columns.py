@@ -17,32 +17,61 @@ import triton
 import triton.language as tl
 
 from lighterage.kernels.triton.casts import round_pair_to_bf16, widen
-from lighterage.kernels.triton.swiglu import load_input
+from lighterage.kernels.triton.swiglu import swiglu_of
 
 _HADAMARD_SIGNS = tl.constexpr(0xD7E8)  # bit i: element i is negated
 
 
 @triton.jit
-def load_16_rows(
-    x,
-    first_row,
-    offs_k,
-    rows,
-    NUM_COLS: tl.constexpr,
-    MASK_K: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    HARDWARE: tl.constexpr,
-):
-    """16 tensors [G, C]: tensor r holds rows `first_row + r`. `first_row`: [G]. Zero outside the split."""
+def rows_of_16(first, STRIDE: tl.constexpr):
+    """16 tensors of pointers: `first`, and 15 more that are `STRIDE` values apart."""
+    pointers = ()
+    for r in tl.static_range(16):
+        pointers = pointers + (first + r * STRIDE,)
+    return pointers
+
+
+@triton.jit
+def advanced(pointers, by):
+    """A tuple of tensors of pointers, each moved on by `by` values."""
+    moved = ()
+    for i in tl.static_range(len(pointers)):
+        moved = moved + (pointers[i] + by,)
+    return moved
+
+
+@triton.jit
+def input_pointers(x, first_row, offs_k, NUM_COLS: tl.constexpr, SWIGLU: tl.constexpr):
+    """16 tensors [G, C]: tensor r points to rows `first_row + r`; with SWIGLU to the gates, and 16 more to the ups.
+
+    first_row: [G].
+    """
     STRIDE: tl.constexpr = 2 * NUM_COLS if SWIGLU else NUM_COLS
-    mask = (first_row < rows)[:, None]
-    if MASK_K:
-        mask = mask & (offs_k < NUM_COLS)[None, :]
-    pointers = x + first_row.to(tl.int64)[:, None] * STRIDE + offs_k[None, :]
+    pointers = rows_of_16(x + first_row.to(tl.int64)[:, None] * STRIDE + offs_k[None, :], STRIDE)
+    if SWIGLU:
+        pointers = pointers + advanced(pointers, NUM_COLS)
+    return pointers
+
+
+@triton.jit
+def load_16_rows(pointers, inside, SWIGLU: tl.constexpr, HARDWARE: tl.constexpr):
+    """16 tensors [G, C] of what is quantized, from its `input_pointers`. Zero where `inside` is false."""
     values = ()
     for r in tl.static_range(16):
-        values = values + (load_input(pointers + r * STRIDE, mask, NUM_COLS, SWIGLU, HARDWARE),)
+        value = tl.load(pointers[r], mask=inside, other=0.0)
+        if SWIGLU:
+            value = swiglu_of(value, tl.load(pointers[r + 16], mask=inside, other=0.0), HARDWARE)
+        values = values + (value,)
     return values
+
+
+@triton.jit
+def inside_split(first_row, offs_k, rows, NUM_COLS: tl.constexpr, MASK_K: tl.constexpr):
+    """Which of 16 rows and a column are the split's, [G, C], or [G, 1] unless MASK_K."""
+    inside = (first_row < rows)[:, None]
+    if MASK_K:
+        inside = inside & (offs_k < NUM_COLS)[None, :]
+    return inside
 
 
 @triton.jit
