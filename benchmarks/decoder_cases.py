@@ -54,6 +54,28 @@ def timed_step(mode: Mode, x: Tensor, probe: Tensor) -> tuple[float, float, int]
     return first.elapsed_time(last), wall_ms, torch.cuda.max_memory_allocated(x.device)
 
 
+def timed_steps(mode: Mode, x: Tensor, probe: Tensor, count: int) -> tuple[list[float], list[float], int]:
+    """`count` steps in a row, as training takes them: milliseconds of each on the device and on the wall; peak bytes.
+
+    On a device the host is not made to wait between them. Before the first of them the device was idle.
+    """
+    if not x.is_cuda:
+        walls = [timed_step(mode, x, probe)[1] for _ in range(count)]
+        return walls, walls, 0
+    synchronize(x.device)
+    torch.cuda.reset_peak_memory_stats(x.device)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    start = time.perf_counter()
+    events[0].record()
+    for event in events[1:]:
+        mode.step(x, probe)
+        event.record()
+    synchronize(x.device)
+    wall_ms = (time.perf_counter() - start) * 1e3 / count
+    each = [before.elapsed_time(after) for before, after in itertools.pairwise(events)]
+    return each, [wall_ms] * count, torch.cuda.max_memory_allocated(x.device)
+
+
 def spread(values: Sequence[float]) -> Row:
     """Median, least and most of `values`."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values), "num": len(values)}

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import lighterage
-from benchmarks.decoder_cases import Row, spread, timed_step
+from benchmarks.decoder_cases import Row, spread, timed_step, timed_steps
 from benchmarks.decoder_model import Decoder, build, inputs, twin
 from benchmarks.decoder_modes import Mode
 from benchmarks.shapes import DecoderShape
+
+
+IN_A_ROW = 3
+"""Steps that count, after one that does not: before it the device was idle, and another mode's lanes were busy."""
 
 
 class PartlyCheckpointed(Decoder):
@@ -60,27 +64,37 @@ class Bench:
     def step(self, mode: Mode) -> tuple[float, float, int]:
         """One timed step; gradients are dropped after it, so that they are not in the next mode's way."""
         timed = timed_step(mode, self.x, self.probe)
+        self._drop_gradients(mode)
+        return timed
+
+    def steps(self, mode: Mode, count: int) -> tuple[list[float], list[float], int]:
+        """`count` timed steps in a row; gradients are dropped after them."""
+        timed = timed_steps(mode, self.x, self.probe, count)
+        self._drop_gradients(mode)
+        return timed
+
+    def _drop_gradients(self, mode: Mode) -> None:
         self.model.zero_grad(set_to_none=True)
         mode.model.zero_grad(set_to_none=True)
         self.x.grad = None
-        return timed
 
     def pairs(self, mode: Mode, rounds: int) -> Row:
-        """`mode` and the step without it in turn: medians, and the median of the ratios of neighbours, two a round."""
+        """`mode` and the step without it in turn, four steps in a row each, the first of them not counted.
+
+        Medians, and the median of the ratios of `mode`'s steps to the mean of those without it just before.
+        """
         mine, plain, ratios, peaks, walls = [], [], [], [], []
         gc.collect()
         gc.disable()  # a collection takes tens of milliseconds, and falls on whoever comes by
         try:
             for _ in range(rounds):
-                self.step(self.plain)  # what follows another mode's step is not timed: the lanes were idle
-                base = self.step(self.plain)
-                self.step(mode)
-                steps = [self.step(mode) for _ in range(2)]
-                plain.append(base[0])
-                mine += [step[0] for step in steps]
-                walls += [step[1] for step in steps]
-                peaks += [step[2] for step in steps]
-                ratios += [step[0] / base[0] for step in steps]
+                base = self.steps(self.plain, 1 + IN_A_ROW)[0][1:]
+                steps, wall, peak = self.steps(mode, 1 + IN_A_ROW)
+                plain += base
+                mine += steps[1:]
+                walls += wall[1:]
+                peaks.append(peak)
+                ratios += [step / statistics.mean(base) for step in steps[1:]]
         finally:
             gc.enable()
         return {
