@@ -17,7 +17,6 @@ from benchmarks.decoder_model import Decoder, build, inputs, twin
 from benchmarks.decoder_modes import Mode
 from benchmarks.shapes import DecoderShape
 
-
 IN_A_ROW = 3
 """Steps that count, after one that does not: before it the device was idle, and another mode's lanes were busy."""
 
