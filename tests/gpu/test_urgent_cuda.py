@@ -83,6 +83,8 @@ def test_a_kernel_reads_what_the_copy_engine_would(moved: Callable[..., Moved], 
     calls: list[int] = []
     read = world.transport._reader._read
     world.transport._reader._read = lambda to, source: (calls.append(to.numel()), read(to, source))
+    with torch.cuda.stream(world.transport._streams.inbound):
+        torch.cuda._sleep(100_000_000)  # however long the host takes until it asks for more
     world.back(resting, back)
     world.back(small, into, urgent=True)
     torch.cuda.synchronize()
