@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# compute-sanitizer over GPU tests: memcheck over the engine's, but for those that time something, and over a part of the
-# kernels'; racecheck over the kernels (it sees shared memory only). Prints each tool's last lines; fails if one found
-# something.
+# compute-sanitizer over a small part of the GPU tests: memcheck over the engine and the kernels, racecheck over the
+# kernels (it sees shared memory only). Prints each tool's last lines; fails if one found something.
 #
-#     benchmarks/sanitize.sh [folder for the logs [engine] [captures] [kernels] [kernels-race] [products] [products-race]]
+#     benchmarks/sanitize.sh [folder for the logs [engine] [kernels] [kernels-race] [products] [products-race]]
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-sanitize-out}
 [ $# -eq 0 ] || shift
-chosen=${*:-engine captures kernels kernels-race products products-race}
+chosen=${*:-engine kernels kernels-race products products-race}
 python=${PYTHON:-python3}
 mkdir -p "$out"
 # PyTorch's caching allocator would hide what lies outside of a tensor but inside its segment.
@@ -25,7 +24,7 @@ check() { # name, tool, tests
     local code=$?
     echo "== $name ($tool): exit $code"
     grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$name.txt" | tail -4
-    return "$code"
+    [ "$code" -eq 0 ] || found=1
 }
 
 kernels=(
@@ -37,18 +36,15 @@ kernels=(
 products=( # minutes: a product's threads are many
     "tests/kernels/test_grouped_gemm_gpu.py::test_rows_of_no_expert_are_zeros_and_the_bias_is_added"
 )
-# Under the tool everything is many times slower.
-timed="beside or busy or flat or finishes_before or overtakes or never_wait or gives_way"
-check engine memcheck -k "not ($timed)" \
-    tests/gpu/test_cuda_laws.py tests/gpu/test_engine_cuda.py tests/gpu/test_urgent_cuda.py || found=1
-# An allocator that does not cache has nothing to give to a graph.
-(
-    unset PYTORCH_NO_CUDA_MEMORY_CACHING
-    check captures memcheck -k "not ($timed or overlap)" \
-        tests/gpu/test_capture_cuda.py tests/gpu/test_graphed_callables_cuda.py tests/gpu/test_graph_driver_cuda.py
-) || found=1
-check kernels memcheck "${kernels[@]}" || found=1
-check kernels-race racecheck "${kernels[@]}" || found=1
-check products memcheck "${products[@]}" || found=1
-check products-race racecheck "${products[@]}" || found=1
+# No captures: an allocator that does not cache has nothing to give to a graph. And nothing that looks at what is let go
+# of: the tool's backtraces keep Python's frames, and with them graphs of autograd that are over (the others of these
+# files ran under it for five minutes without a finding, and failed for that; so do captures, which meet old streams).
+check engine memcheck \
+    tests/gpu/test_cuda_laws.py::test_several_backwards_and_threads \
+    tests/gpu/test_cuda_laws.py::test_reloaded_tensors_keep_their_address_modulo_512 \
+    tests/gpu/test_engine_cuda.py::test_what_is_written_between_saved_ranges_is_not_lost
+check kernels memcheck "${kernels[@]}"
+check kernels-race racecheck "${kernels[@]}"
+check products memcheck "${products[@]}"
+check products-race racecheck "${products[@]}"
 exit $found
