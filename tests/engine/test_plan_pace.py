@@ -470,6 +470,22 @@ def test_a_given_plan_is_never_replaced(plans: tuple[list[Timeline], threading.E
         assert len(made_of) == 1
 
 
+def test_nothing_that_was_told_of_the_plan_before_is_told_of_a_given_one() -> None:
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        given, timeline = offloader.plan, offloader.timeline
+        assert given is not None and timeline is not None
+        CLOCKWORK.pace = 1.1
+        train(model, rows(), SETTLED + 2)
+        assert offloader.report().times_scaled == pytest.approx(1.1, rel=0.01)
+        offloader.use_plan(given, timeline)
+        train(model, rows(), 2)
+        report = offloader.report()
+        assert report.times_scaled == 1.0 and "times scaled" not in str(report)
+        assert report.planning_ms is None and report.agreed_with == 1
+
+
 def test_a_step_under_the_plan_before_says_nothing_of_one_that_was_given_in_the_midst_of_it() -> None:
     _, model = models()
     with offload(model, recompute="never", max_slowdown=1.0) as offloader:

@@ -144,9 +144,14 @@ class Autoplan:
         """Carry `plan` out from the next step on, and measure nothing more."""
         self._given = True
         self._calibration.stop()
+        self.pace.measured()  # its times are as they were given
         self._course = Course(plan, timeline, self._measurements.recipes())
+        self._measurements.clear()
+        self._job = None
         self.timeline = timeline
-        self.prediction = None
+        # Made elsewhere: nothing that was told of the plan before is true of it.
+        self.prediction = self.planning_ms = None
+        self.agreed_with, self._together = 1, False
         self.checks.new_plan()
         self._stage = Stage.PLANNED
         self._steps = 0
