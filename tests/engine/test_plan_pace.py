@@ -195,6 +195,21 @@ def test_a_step_that_was_not_the_planned_one_says_nothing_of_the_pace() -> None:
         assert offloader.report().measured_ms is not None
 
 
+def test_smaller_steps_say_nothing_of_the_pace() -> None:
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        assert offloader.plan is not None and offloader.plan.num_moves
+        before = offloader.timeline
+        CLOCKWORK.pace = 0.5
+        assert_equal(train(plain, rows(32), SETTLED + 2), train(model, rows(32), SETTLED + 2))
+        assert offloader.timeline is before
+        assert offloader.report().times_scaled == 1.0
+        CLOCKWORK.pace = 1.0
+        train(model, rows(), 20)
+        assert offloader.report().drifts == 0
+
+
 def test_a_step_that_waited_for_host_memory_says_nothing_of_the_pace(
     monkeypatch: pytest.MonkeyPatch, logs: list[StepLog]
 ) -> None:

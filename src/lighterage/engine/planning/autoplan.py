@@ -147,10 +147,8 @@ class Autoplan:
         self.pace.measured()  # its times are as they were given
         self._course = Course(plan, timeline, self._measurements.recipes())
         self._measurements.clear()
-        self._job = None
         self.timeline = timeline
-        # Made elsewhere: nothing that was told of the plan before is true of it.
-        self.prediction = self.planning_ms = None
+        self.prediction = self.planning_ms = self._job = None  # they were of another plan
         self.agreed_with, self._together = 1, False
         self.checks.new_plan()
         self._stage = Stage.PLANNED
@@ -222,7 +220,7 @@ class Autoplan:
                 if log is not None and run.course is self._course:
                     # What waited for host memory will not wait for it again.
                     grew = self._reserved_bytes() > self._reserved_before
-                    self.checks.take(log, fits=not run.strange and not grew)
+                    self.checks.take(log, fits=not (run.strange or run.is_smaller or grew))
                 if run.strange:
                     self._measure_again()
         elif log is not None:

@@ -51,6 +51,8 @@ class Course:
         # Sections are known by their name and by how many of that name came before.
         self.numbered: dict[tuple[str, int], SectionCourse] = {}
         back = {(fetch.section, fetch.save): phase for phase, row in enumerate(plan.fetches) for fetch in row}
+        self.moved_bytes = 0
+        """What leaves of sections that are not computed again holds, in the step that was measured."""
         self.due: dict[int, list[tuple[int, list[int]]]] = {}
         """By phase: of which sections which saves' device memory is let go of at its end."""
         seen: collections.Counter[str] = collections.Counter()
@@ -67,6 +69,9 @@ class Course:
                 ),
             )
             seen[section.name] += 1
+            if record is not None and section.mode == "save":
+                leave = {move.save for move in section.moves}
+                self.moved_bytes += sum(a.held_bytes for a in record.allocations if a.save in leave)
             here = self.phase_of.get(("forward", index), 0)
             nbytes = {} if record is None else {a.save: a.nbytes for a in record.allocations}
             latest = {move.save: back.get((index, move.save), math.inf) - here - 1 for move in section.moves}
