@@ -210,6 +210,32 @@ def test_smaller_steps_say_nothing_of_the_pace() -> None:
         assert offloader.report().drifts == 0
 
 
+def test_a_step_that_was_far_off_is_forgotten_where_none_can_be_compared_with_it(logs: list[StepLog]) -> None:
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        train(model, rows(), SETTLED - 2)
+        CLOCKWORK.pace = 1.1
+        train(model, rows(), 1)
+        CLOCKWORK.pace = 0.5
+        logs.clear()
+        train(model, rows(32), 20)
+        assert 0 < len(logs) < 5, "a step is timed now and then, and not each"
+        assert offloader.report().times_scaled == 1.0
+
+
+def test_a_clock_that_tells_no_time_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        before = offloader.timeline
+        for told in (float("nan"), 5.0):
+            monkeypatch.setattr(HostClock, "mark", lambda _, told=told: told)
+            assert_equal(train(plain, rows(), SETTLED), train(model, rows(), SETTLED))
+        assert offloader.timeline is before
+        assert offloader.report().times_scaled == 1.0
+
+
 def test_a_step_that_waited_for_host_memory_says_nothing_of_the_pace(
     monkeypatch: pytest.MonkeyPatch, logs: list[StepLog]
 ) -> None:
