@@ -137,6 +137,26 @@ def test_a_rank_whose_store_is_gone_plans_by_itself(error: Exception, monkeypatc
         assert offloader.report().agreed_with == 1
 
 
+def test_a_rank_that_comes_late_does_not_plan_with_one_that_has_not_waited(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = dist.HashStore()
+    ranks = iter([0, 1])
+    monkeypatch.setattr(agree, "PATIENCE_S", 0.05)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "get_rank", lambda: next(ranks))
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    link = Link(out_bytes_per_s=1e9, in_bytes_per_s=1e9, both_bytes_per_s=1e9)
+    timelines = [
+        Timeline(
+            sections=(SectionRecord(name="layer"),),
+            phases=(Phase(direction="forward", section=0, ms=ms, work_bytes=0),),
+        )
+        for ms in (5.0, 1.0)
+    ]
+    for timeline in timelines:
+        assert agree.agreed(timeline, link) == (timeline, link, 1)
+
+
 def test_what_is_no_phase_in_some_rank_counts_to_the_phase_before_in_all() -> None:
     def timeline(*phases: tuple[str, int | None, float]) -> Timeline:
         sections = tuple(SectionRecord(name=f"layers.{index}") for index in range(2))

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from lighterage.engine.planning.course import Course
 from lighterage.engine.traffic import GATHER_BYTES
-from lighterage.planner.plan import Move, Plan, SectionPlan
+from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
 from lighterage.planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
 
 LARGE, SMALL = GATHER_BYTES, GATHER_BYTES // 8
 
 
-def course_of(sizes: list[int], releases: dict[int, int]) -> Course:
-    """Of one section that saves so much, and three phases after its forward; by save, when what leaves is let go of."""
+def course_of(sizes: list[int], releases: dict[int, int], fetches: dict[int, int] | None = None) -> Course:
+    """Of one section that saves so much, and three phases after its forward; by save, when what leaves is let go of,
+    and the phase in which it starts to come back."""
     uses = (Use(section=0, first_ms=0.5, last_ms=0.6),)
     allocations = tuple(
         SavedAllocation(save=save, nbytes=nbytes, held_bytes=nbytes, born_ms=0.1, uses=uses)
@@ -24,7 +25,11 @@ def course_of(sizes: list[int], releases: dict[int, int]) -> Course:
     )
     timeline = Timeline(sections=(SectionRecord(name="layer", allocations=allocations),), phases=phases)
     moves = tuple(Move(save=save, release_after=after) for save, after in releases.items())
-    plan = Plan(sections=(SectionPlan(name="layer", moves=moves),), fetches=((),) * len(phases))
+    rows = tuple(
+        tuple(Fetch(section=0, save=save) for save, at in (fetches or {}).items() if at == phase)
+        for phase in range(len(phases))
+    )
+    plan = Plan(sections=(SectionPlan(name="layer", moves=moves),), fetches=rows)
     return Course(plan, timeline, {})
 
 
@@ -47,3 +52,9 @@ def test_what_stays_is_in_no_batch_and_many_small_ones_are_one() -> None:
 
 def test_a_large_one_does_not_wait_for_a_small_one_before_it() -> None:
     assert due(course_of([SMALL, LARGE], {1: 3, 2: 1})) == {1: 3, 2: 1}
+
+
+def test_what_comes_back_before_the_large_one_leaves_does_not_wait_for_it() -> None:
+    # Let go of at the end of phase 2, it would be there when phase 2 begins, and not be brought back after that.
+    found = due(course_of([SMALL, SMALL, LARGE], {1: 0, 2: 0, 3: 2}, {1: 2, 2: 3, 3: 4}))
+    assert found == {1: 0, 2: 2, 3: 2}

@@ -466,10 +466,11 @@ def test_steps_that_take_longer_than_foreseen_are_measured_anew(
         assert offloader.report().drifts == 0
         model.layers[2].register_forward_pre_hook(lambda *_: time.sleep(0.1))
         train(model, rows(), 20)
-        assert offloader.report().drifts == 1
-        timeline = offloader.timeline
+        report, timeline = offloader.report(), offloader.timeline
+    assert report.drifts == 1
     assert timeline is not None
-    assert max(p.ms for p in timeline.phases if p.direction == "forward") >= 100
+    measured_ms = max(p.ms for p in timeline.phases if p.direction == "forward") / report.times_scaled
+    assert measured_ms >= 99.9
 
 
 def test_an_evaluation_between_steps_is_no_drift(link: list[Link]) -> None:

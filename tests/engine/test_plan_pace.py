@@ -195,6 +195,47 @@ def test_a_step_that_was_not_the_planned_one_says_nothing_of_the_pace() -> None:
         assert offloader.report().measured_ms is not None
 
 
+def test_smaller_steps_say_nothing_of_the_pace() -> None:
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        assert offloader.plan is not None and offloader.plan.num_moves
+        before = offloader.timeline
+        CLOCKWORK.pace = 0.5
+        assert_equal(train(plain, rows(32), SETTLED + 2), train(model, rows(32), SETTLED + 2))
+        assert offloader.timeline is before
+        assert offloader.report().times_scaled == 1.0
+        CLOCKWORK.pace = 1.0
+        train(model, rows(), 20)
+        assert offloader.report().drifts == 0
+
+
+def test_a_step_that_was_far_off_is_forgotten_where_none_can_be_compared_with_it(logs: list[StepLog]) -> None:
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        train(model, rows(), SETTLED - 2)
+        CLOCKWORK.pace = 1.1
+        train(model, rows(), 1)
+        CLOCKWORK.pace = 0.5
+        logs.clear()
+        train(model, rows(32), 20)
+        assert 0 < len(logs) < 5, "a step is timed now and then, and not each"
+        assert offloader.report().times_scaled == 1.0
+
+
+def test_a_clock_that_tells_no_time_says_nothing_of_the_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        before = offloader.timeline
+        for told in (float("nan"), 5.0):
+            monkeypatch.setattr(HostClock, "mark", lambda _, told=told: told)
+            assert_equal(train(plain, rows(), SETTLED), train(model, rows(), SETTLED))
+        assert offloader.timeline is before
+        assert offloader.report().times_scaled == 1.0
+
+
 def test_a_step_that_waited_for_host_memory_says_nothing_of_the_pace(
     monkeypatch: pytest.MonkeyPatch, logs: list[StepLog]
 ) -> None:
@@ -468,6 +509,22 @@ def test_a_given_plan_is_never_replaced(plans: tuple[list[Timeline], threading.E
         assert offloader.timeline is timeline
         assert offloader.report().predicted_ms is None
         assert len(made_of) == 1
+
+
+def test_nothing_that_was_told_of_the_plan_before_is_told_of_a_given_one() -> None:
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        given, timeline = offloader.plan, offloader.timeline
+        assert given is not None and timeline is not None
+        CLOCKWORK.pace = 1.1
+        train(model, rows(), SETTLED + 2)
+        assert offloader.report().times_scaled == pytest.approx(1.1, rel=0.01)
+        offloader.use_plan(given, timeline)
+        train(model, rows(), 2)
+        report = offloader.report()
+        assert report.times_scaled == 1.0 and "times scaled" not in str(report)
+        assert report.planning_ms is None and report.agreed_with == 1
 
 
 def test_a_step_under_the_plan_before_says_nothing_of_one_that_was_given_in_the_midst_of_it() -> None:

@@ -37,7 +37,7 @@ def agreed(timeline: Timeline, link: Link) -> tuple[Timeline, Link, int]:
 
 
 def _all_said(timeline: Timeline, link: Link) -> list[list[str]] | None:
-    """Form, timeline and link of every rank, in their order; None where one of them does not answer.
+    """Form, timeline and link of every rank, in their order; None where one does not answer, or has not waited.
 
     Raises:
         RuntimeError, ValueError: the store or the process group is gone.
@@ -53,9 +53,12 @@ def _all_said(timeline: Timeline, link: Link) -> list[list[str]] | None:
     deadline = time.monotonic() + PATIENCE_S
     while not store.check(keys):
         if time.monotonic() > deadline:
+            # Who comes later must not plan together with what this rank said: it will have planned by itself.
+            store.set(f"{prefix}/{rank}", json.dumps(None))
             return None
         time.sleep(_LOOK_AGAIN_S)
-    return [json.loads(store.get(key)) for key in keys]
+    said = [json.loads(store.get(key)) for key in keys]
+    return None if None in said else said
 
 
 def _form(timeline: Timeline) -> str:

@@ -144,9 +144,12 @@ class Autoplan:
         """Carry `plan` out from the next step on, and measure nothing more."""
         self._given = True
         self._calibration.stop()
+        self.pace.measured()  # its times are as they were given
         self._course = Course(plan, timeline, self._measurements.recipes())
+        self._measurements.clear()
         self.timeline = timeline
-        self.prediction = None
+        self.prediction = self.planning_ms = self._job = None  # they were of another plan
+        self.agreed_with, self._together = 1, False
         self.checks.new_plan()
         self._stage = Stage.PLANNED
         self._steps = 0
@@ -217,7 +220,7 @@ class Autoplan:
                 if log is not None and run.course is self._course:
                     # What waited for host memory will not wait for it again.
                     grew = self._reserved_bytes() > self._reserved_before
-                    self.checks.take(log, fits=not run.strange and not grew)
+                    self.checks.take(log, fits=not (run.strange or run.is_smaller or grew))
                 if run.strange:
                     self._measure_again()
         elif log is not None:

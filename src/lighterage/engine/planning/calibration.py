@@ -8,10 +8,7 @@ from ...planner.prediction import Prediction
 from ...planner.timeline import Link, Timeline
 from .checks import Checks
 from .making import Foreseeing, Planning
-from .pace import SETTLED, Pace, foreseen_compute_ms, scaled
-
-# So many steps are timed in a row, at most, until one of them can be compared with what was foreseen.
-_TRIES = 4
+from .pace import SETTLED, TRIES, Pace, foreseen_compute_ms, scaled
 
 
 class Calibration:
@@ -62,15 +59,22 @@ class Calibration:
         """Whether step `number` of the plan, counted from 1, is to be timed for its pace."""
         if self._made_of is None or checks.pending:
             return False
-        return self.pace.doubts or (not self._compared and SETTLED <= number < SETTLED + _TRIES)
+        return self.pace.doubts or (not self._compared and SETTLED <= number < SETTLED + TRIES)
 
     def factor(self, checks: Checks, prediction: Prediction | None) -> float | None:
         """How much longer than foreseen the step computed that was just read; None where they cannot be compared."""
+        factor = self._factor(checks, prediction)
+        if factor is None:
+            self.pace.passed_over()
+        return factor
+
+    def _factor(self, checks: Checks, prediction: Prediction | None) -> float | None:
         if self._made_of is None or prediction is None or checks.compute_ms is None:
             return None
         foreseen_ms = foreseen_compute_ms(prediction)
-        if checks.is_slower(self.pace.as_measured(prediction.step_ms)) or foreseen_ms <= 0 or checks.compute_ms <= 0:
-            return None  # something has changed, or nothing was measured
+        measured = foreseen_ms > 0 and checks.compute_ms > 0  # neither, where a clock tells NaN
+        if not measured or checks.is_slower(self.pace.as_measured(prediction.step_ms)):
+            return None  # nothing was measured, or something has changed
         return checks.compute_ms / foreseen_ms
 
     def see(self, factor: float, plan: Plan, number: int) -> None:

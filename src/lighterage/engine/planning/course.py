@@ -50,6 +50,9 @@ class Course:
         """The phases that belong to no section, so that nothing tells when they begin."""
         # Sections are known by their name and by how many of that name came before.
         self.numbered: dict[tuple[str, int], SectionCourse] = {}
+        back = {(fetch.section, fetch.save): phase for phase, row in enumerate(plan.fetches) for fetch in row}
+        self.moved_bytes = 0
+        """What leaves of sections that are not computed again holds, in the step that was measured."""
         self.due: dict[int, list[tuple[int, list[int]]]] = {}
         """By phase: of which sections which saves' device memory is let go of at its end."""
         seen: collections.Counter[str] = collections.Counter()
@@ -66,9 +69,13 @@ class Course:
                 ),
             )
             seen[section.name] += 1
+            if record is not None and section.mode == "save":
+                leave = {move.save for move in section.moves}
+                self.moved_bytes += sum(a.held_bytes for a in record.allocations if a.save in leave)
             here = self.phase_of.get(("forward", index), 0)
             nbytes = {} if record is None else {a.save: a.nbytes for a in record.allocations}
-            after = _with_their_batch(section.moves, nbytes)
+            latest = {move.save: back.get((index, move.save), math.inf) - here - 1 for move in section.moves}
+            after = _with_their_batch(section.moves, nbytes, latest)
             for due, saves in _by_phase({save: here + max(0, phases) for save, phases in after.items()}):
                 self.due.setdefault(due, []).append((index, saves))
         self.fetches = {number: _by_section(row) for number, row in enumerate(plan.fetches) if row}
@@ -79,11 +86,12 @@ class Course:
 # What a section saves is copied by the batch: small allocations leave with the next large one, and one fence stands for
 # all of them (`Traffic.gather`). To wait for a small one is to wait for the large one. A plan knows copies one by one,
 # and would let go of a few kilobytes 5 ms before the 256 MiB that they share their batch with: on an H100 the compute
-# stream of a mixture of experts waited 4 ms of 120 for that. So what is small is let go of with its batch.
+# stream of a mixture of experts waited 4 ms of 120 for that. So what is small is let go of with its batch. Not where
+# the plan brings it back before that: a reload of what is still there is passed over, and would be waited for later.
 
 
-def _with_their_batch(moves: Sequence[Move], nbytes: dict[int, int]) -> dict[int, int]:
-    """By save: the phases after its forward at whose end it is let go of."""
+def _with_their_batch(moves: Sequence[Move], nbytes: dict[int, int], latest: dict[int, float]) -> dict[int, int]:
+    """By save: the phases after its forward at whose end it is let go of, put off to no later than `latest`."""
     after: dict[int, int] = {}
     batch: list[Move] = []
     batch_bytes = 0
@@ -91,7 +99,9 @@ def _with_their_batch(moves: Sequence[Move], nbytes: dict[int, int]) -> dict[int
         batch.append(move)
         batch_bytes += nbytes.get(move.save, 0)
         if batch_bytes >= GATHER_BYTES:
-            after.update({one.save: max(one.release_after, move.release_after) for one in batch})
+            for one in batch:
+                put_off = one.release_after < move.release_after <= latest[one.save]
+                after[one.save] = move.release_after if put_off else one.release_after
             batch, batch_bytes = [], 0
     after.update({one.save: one.release_after for one in batch})
     return after

@@ -20,6 +20,8 @@ SETTLED = 8
 # What differs by less than this part changes nothing; by more than that, it is seen twice before it counts, and the
 # plan is made anew.
 _ALIKE, NEAR = 0.005, 0.04
+# So many steps are timed in a row, at most, until one of them can be compared with what was foreseen.
+TRIES = 4
 # So often a plan is made anew from the times of one measurement.
 MOST_REMADE = 2
 # Times are scaled to between these parts of what was measured: what is slower has changed, and is measured anew.
@@ -78,6 +80,7 @@ class Pace:
         self.num_tried = self.num_remade = 0
         """How often a plan was begun, and made, anew since they were measured."""
         self._doubted: float | None = None
+        self._passed_over = 0
 
     def measured(self) -> None:
         """A plan is carried out that was made from a new measurement."""
@@ -93,6 +96,12 @@ class Pace:
         """Whether the step that was read last was so far off that another one has to be timed before it counts."""
         return self._doubted is not None
 
+    def passed_over(self) -> None:
+        """A step that was timed cannot be compared; after some of them the doubt about an earlier one is given up."""
+        self._passed_over += 1
+        if self._passed_over >= TRIES:
+            self._doubted = None
+
     def within(self, factor: float) -> float:
         """`factor`, or what of it keeps the times within reach of what was measured."""
         return min(max(factor * self.since_measured, LEAST), MOST) / self.since_measured
@@ -103,7 +112,7 @@ class Pace:
         if doubted is not None:
             factor = min(factor, doubted, key=lambda one: abs(one - 1.0))  # one of the two may have been held up
         elif abs(factor - 1.0) > NEAR:
-            self._doubted = factor
+            self._doubted, self._passed_over = factor, 0
             return None
         factor = self.within(factor)
         return None if abs(factor - 1.0) < _ALIKE else factor

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from ..allocation import Allocation
 from ..orders import Orders
 from ..sections import Section
-from .course import Course, SectionCourse
+from .course import TOLERANCE, Course, SectionCourse
 from .own_saves import saves_before_inputs
 
 
@@ -43,7 +43,9 @@ class PlannedOrders(Orders):
         return None
 
     def took(self, save: int, allocation: Allocation) -> None:
-        if self.mode != "save":
+        if self.mode == "save":
+            self._run.taken_bytes += allocation.nbytes
+        else:
             save = self._planned(save)
         self._taken.setdefault(save, []).append(weakref.ref(allocation))
 
@@ -86,6 +88,8 @@ class Run:
         """Sections that the plan does not know."""
         self.strayed = 0
         """Visits of backward that came out of turn."""
+        self.taken_bytes = 0
+        """What was to leave of sections that are not computed again held."""
         self._seen: dict[str, int] = {}
         self._orders: dict[int, PlannedOrders] = {}
         self._phase = 0
@@ -121,6 +125,11 @@ class Run:
     def strange(self) -> bool:
         """Whether the step was not the one that was planned for."""
         return bool(self.unplanned or self.missing or self.resized or self.strayed)
+
+    @property
+    def is_smaller(self) -> bool:
+        """Whether what leaves was much smaller than planned for: the plan will do for it, its times say nothing."""
+        return self.taken_bytes < (1 - TOLERANCE) * self.course.moved_bytes
 
     def begins(self, direction: str, index: int) -> Due:
         """A phase begins."""
