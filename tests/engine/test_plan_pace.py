@@ -362,6 +362,26 @@ def test_a_plan_for_another_pace_is_made_anew_beside_steps_that_carry_out_the_ol
 
 
 @pytest.mark.usefixtures("beside")
+def test_where_no_thread_is_to_be_had_plans_are_made_in_the_step(
+    plans: tuple[list[Timeline], threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    made_of, may = plans
+    may.set()
+    monkeypatch.setattr(background, "start", start)
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        CLOCKWORK.pace = 1.1
+        soon(model, lambda: offloader.report().plans_remade == 1)
+        assert_equal(train(plain, rows(), 1), train(model, rows(), 1))
+        soon(model, lambda: offloader.report().plan_settled)
+    assert len(made_of) == 2
+
+
+@pytest.mark.usefixtures("beside")
 def test_a_plan_is_made_anew_so_often_and_then_only_foreseen(plans: tuple[list[Timeline], threading.Event]) -> None:
     made_of, may = plans
     may.set()

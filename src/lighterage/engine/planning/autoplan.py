@@ -9,7 +9,6 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ... import background
 from ...errors import BudgetError
 from ...planner.plan import Plan
 from ...planner.prediction import Prediction
@@ -23,7 +22,7 @@ from .checks import Checks
 from .clock import Gauge, clock_of
 from .course import Course
 from .events import Events
-from .making import Planning
+from .making import Planning, begin
 from .measurements import Measurements
 from .pace import SETTLED, scaled
 from .room import Room
@@ -301,7 +300,7 @@ class Autoplan:
                 self._start_over()
                 raise
         else:
-            background.start(self._job.run, "lighterage-plan")
+            begin(self._job)
 
     def _adopt(self, job: Planning, *, measured: bool) -> None:
         """Carry out, from this step on, what was planned. `measured`: from a new measurement.

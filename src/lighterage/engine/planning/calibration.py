@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from ... import background
 from ...planner.plan import Plan
 from ...planner.prediction import Prediction
 from ...planner.timeline import Link, Timeline
 from .checks import Checks
-from .making import Foreseeing, Planning
+from .making import Foreseeing, Planning, begin
 from .pace import SETTLED, TRIES, Pace, foreseen_compute_ms, scaled
 
 
@@ -89,7 +88,7 @@ class Calibration:
         job = Foreseeing(self.scaled(by), plan, self._made_for)
         if self._beside:
             self._foreseeing = job, by
-            background.start(job.run, "lighterage-foresee")
+            begin(job)
         else:
             job.run()
             self._foreseeing = job, by
@@ -113,7 +112,7 @@ class Calibration:
         """Have a plan made of the scaled timeline; the one in force is carried out meanwhile."""
         self.pace.num_tried += 1
         self._remaking = job
-        background.start(job.run, "lighterage-plan")
+        begin(job)
 
     def remade(self) -> Planning | None:
         """The plan that was made anew, once, when it is ready."""

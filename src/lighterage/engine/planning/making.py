@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 
+from ... import background
 from ...planner.choose import plan as make_plan
 from ...planner.goal import Goal
 from ...planner.plan import Plan
@@ -94,6 +95,14 @@ class Foreseeing:
                 self.prediction = simulate(self.timeline, self._plan, self._link)
         finally:
             self.done.set()
+
+
+def begin(job: Planning | Foreseeing) -> None:
+    """Have `job` run beside the steps; in the one under way, where there is no thread to be had."""
+    try:
+        background.start(job.run, "lighterage-plan")
+    except RuntimeError:
+        job.run()
 
 
 # Note [Planning beside the steps]
