@@ -71,7 +71,9 @@ def batch(seed: int, rows: int = 6) -> torch.Tensor:
 
 
 def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
-    out: torch.Tensor = model(batch(seed).to(next(model.parameters()).device))
+    parameter = next(model.parameters(), None)  # replicas of data parallelism have none
+    x = batch(seed) if parameter is None else batch(seed).to(parameter.device)
+    out: torch.Tensor = model(x)
     return (out * torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)).sum()
 
 
