@@ -19,7 +19,8 @@ from lighterage.engine.planning.budget import Budget
 from lighterage.engine.planning.clock import HostClock
 from lighterage.engine.planning.pace import MOST_REMADE, SETTLED
 from lighterage.engine.planning.step_log import StepLog
-from lighterage.engine.stores import Stores
+from lighterage.engine.stores import Stores, _ArenaStore
+from lighterage.planner.simulate import simulate
 from lighterage.planner.timeline import Link, Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
 from tests.engine.test_plan_made import FAST, WIDTH, Model, offload, pair, rows
@@ -259,6 +260,38 @@ def test_a_step_that_waited_for_host_memory_says_nothing_of_the_pace(
         train(model, rows(), 4)
         assert len(logs) == 2, "one in the place of the eighth, and one that says the same"
         assert offloader.report().times_scaled == pytest.approx(1.1, rel=0.01)
+
+
+@pytest.mark.parametrize(("ready_after", "is_told"), [(3, False), (100, True)])
+def test_a_step_that_kept_what_found_no_host_memory_does_not_break_the_budget(
+    ready_after: int, is_told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory at rest is still being made ready in the first steps under a plan: what was to leave stays in them."""
+    plain, model = models()
+    with offload(model, recompute="never", max_slowdown=1.0) as offloader:
+        planned(model, offloader)
+        assert offloader.timeline is not None
+        assert offloader.plan is not None
+        peak = simulate(offloader.timeline, offloader.plan, FAST).peak_bytes
+        everything = sum(a.held_bytes for section in offloader.timeline.sections for a in section.allocations)
+    tightened: list[int] = []
+    tighter, acquire, num_steps = Budget.tighter, _ArenaStore.acquire, 0
+
+    def noted(self: Budget, peak_bytes: int, *rest: Any) -> Any:
+        tightened.append(peak_bytes)
+        return tighter(self, peak_bytes, *rest)
+
+    def unready(self: _ArenaStore, nbytes: int) -> Any:
+        return acquire(self, nbytes) if num_steps >= ready_after else None
+
+    monkeypatch.setattr(Budget, "tighter", noted)
+    with offload(model, recompute="never", device_budget=(2 * peak + everything) // 3) as offloader:
+        planned(model, offloader)
+        monkeypatch.setattr(_ArenaStore, "acquire", unready)
+        while num_steps < 8:
+            assert_equal(train(plain, rows(), 1), train(model, rows(), 1))
+            num_steps += 1
+    assert bool(tightened) == is_told, "where it lasts"
 
 
 def test_waits_for_reloads_are_known_when_a_step_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,14 +94,14 @@ class Offloader:
     def _make_autoplan(self, device: torch.device) -> Autoplan:
         tier = self._policy.tier
         link = functools.partial(measure_link, device, tier, self._policy.disk_dir)
-        stores = self._stores
+        stores, refusals = self._stores, self._ledger.refusals
         return Autoplan(
             self._policy,
             self._traffic,
             self._modules.module_of,
             device,
             link,
-            lambda: stores.host_bytes_reserved,
+            lambda: stores.host_bytes_reserved + sum(refusals.values()),
             self._ledger.settle_waits,
         )
 

@@ -64,20 +64,20 @@ class Autoplan:
         module_of: Callable[[str], nn.Module | None],
         device: torch.device,
         measure_link: Callable[[], Link],
-        reserved_bytes: Callable[[], int],
+        unready: Callable[[], int],
         settle_waits: Callable[[], None],
     ) -> None:
         """Make one that has yet to see a step.
 
         Args:
-            reserved_bytes: of host memory, so far. A step in which it grew has waited for that.
+            unready: grows where a step lacks host memory: it waits for that, or keeps what was to leave.
             settle_waits: reads what reloads in the last steps have waited, as far as is known.
         """
         self._policy = policy
         self._measure_link = measure_link
-        self._reserved_bytes = reserved_bytes
+        self._unready = unready
         self._settle_waits = settle_waits
-        self._reserved_before = 0
+        self._unready_before = 0
         self._device = device
         self._clock = clock_of(device)
         self._gauge = Gauge(device)
@@ -168,7 +168,7 @@ class Autoplan:
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
         self._look()
-        self._reserved_before = self._reserved_bytes()
+        self._unready_before = self._unready()
         if self._stage is Stage.PLANNED:
             assert self._course is not None
             # What is saved has to be told for the peak where no allocator can tell it.
@@ -217,9 +217,9 @@ class Autoplan:
             if run is not None:
                 self._steps += 1
                 if log is not None and run.course is self._course:
-                    # What waited for host memory will not wait for it again.
-                    grew = self._reserved_bytes() > self._reserved_before
-                    self.checks.take(log, fits=not (run.strange or run.is_smaller or grew))
+                    unready = self._unready() > self._unready_before
+                    if not (unready and self.checks.passes_over()):
+                        self.checks.take(log, fits=not (run.strange or run.is_smaller or unready))
                 if run.strange:
                     self._measure_again()
         elif log is not None:
@@ -236,7 +236,7 @@ class Autoplan:
             elif not measured.is_like_first(log):
                 self._restarts += 1
                 self._stage = Stage.SIZING
-            elif self._reserved_bytes() > self._reserved_before:
+            elif self._unready() > self._unready_before:
                 self._restarts += 1  # what it waited for will not be waited for again
             else:
                 measured.timed.append(log)

@@ -9,6 +9,8 @@ from .step_log import StepLog
 FIRST_CHECK, CHECK_EVERY = 2, 50
 # Steps that take so much longer than foreseen, so many checked ones in a row, are measured anew.
 SLOWER, SLOW_CHECKS = 1.25, 4
+# So many steps in a row, at most, are passed over that had not the host memory which the plan counts on.
+_MOST_PASSED_OVER = 4
 
 
 class Checks:
@@ -18,6 +20,7 @@ class Checks:
         self._log: StepLog | None = None
         self._fits = True
         self._slow = 0
+        self._passed_over = 0
         self.measured_ms: float | None = None
         self.compute_ms: float | None = None
         """Of that what was no wait for copies; None where the step is not one to compare with others."""
@@ -27,14 +30,22 @@ class Checks:
 
     def new_plan(self) -> None:
         """Forget what was seen under another plan."""
-        self._slow = 0
+        self._slow = self._passed_over = 0
         self._log = None
         self.measured_ms = self.compute_ms = self.measured_peak_bytes = None
         self.measured_phases_ms = []
 
     def is_due(self, number: int) -> bool:
         """Whether step `number` of the plan, counted from 1, is to be timed."""
-        return number == FIRST_CHECK or number % CHECK_EVERY == 0 or self._slow > 0
+        return number == FIRST_CHECK or number % CHECK_EVERY == 0 or self._slow > 0 or self._passed_over > 0
+
+    def passes_over(self) -> bool:
+        """Whether the step that was timed is not read, since it lacked host memory: the next one is timed instead.
+
+        What found no room there has stayed on the device: such a step takes more of that than any other, and may wait.
+        """
+        self._passed_over += 1
+        return self._passed_over <= _MOST_PASSED_OVER
 
     def take(self, log: StepLog, *, fits: bool) -> None:
         """A step that was timed is over; it is read when the device has come past it.
@@ -42,6 +53,7 @@ class Checks:
         `fits`: whether it was the step that was planned for, and did nothing that others will not do.
         """
         self._log, self._fits = log, fits
+        self._passed_over = 0
 
     @property
     def pending(self) -> bool:
