@@ -121,6 +121,37 @@ def test_what_moves_is_worth_what_compute_loses_by_it():
     assert blind.step_ms > 1.01 * timeline.step_ms
 
 
+def small_copies(sections: int, each: int) -> Timeline:
+    """So many sections that save so many allocations of up to 4 MiB each."""
+    rng = random.Random(0)
+    records = []
+    for index in range(sections):
+        allocations = []
+        for save in range(1, each + 1):
+            nbytes = rng.randint(1, 64) << 16
+            need = 10 * (1 - save / each)
+            uses = (Use(section=index, first_ms=need, last_ms=need + 0.1),)
+            born_ms = 5 * save / each
+            allocations.append(SavedAllocation(save=save, nbytes=nbytes, held_bytes=nbytes, born_ms=born_ms, uses=uses))
+        records.append(SectionRecord(name=f"layers.{index}", allocations=tuple(allocations)))
+    phases = [Phase(direction="forward", section=i, ms=5.0, work_bytes=GIB) for i in range(sections)]
+    phases += [Phase(direction="backward", section=i, ms=10.0, work_bytes=GIB) for i in reversed(range(sections))]
+    return Timeline(sections=tuple(records), phases=tuple(phases))
+
+
+@pytest.mark.parametrize("copy_us", [5.0, 50.0, 5000.0])
+@pytest.mark.parametrize("price", [0.0, 0.01, 0.03])
+def test_a_price_is_kept_where_every_copy_costs_something_and_there_are_many(price, copy_us):
+    """They are planned in groups, and a group is as many copies as it has members."""
+    timeline = small_copies(16, 150)
+    link = dataclasses.replace(LINK, copy_us=copy_us)
+    made = plan(timeline, link, Goal(max_slowdown=price, recompute="never"))
+    seen = simulate(timeline, made, link)
+    assert seen.step_ms <= (1 + price) * timeline.step_ms + 1e-6
+    if price and copy_us < 50:
+        assert seen.peak_bytes < 0.95 * simulate(timeline, nothing(timeline), link).peak_bytes
+
+
 def test_equal_arguments_give_equal_plans():
     goal = Goal(max_slowdown=0.02)
     assert plan(decoder(4), LINK, goal) == plan(decoder(4), LINK, goal)

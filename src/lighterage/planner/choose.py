@@ -74,7 +74,10 @@ class Found:
 def find(timeline: Timeline, link: Link, allowed: Choices) -> Found:
     """The frontier of `timeline` over `link`."""
     coarse = coarsen(timeline, allowed)
-    search = Search(coarse.timeline, link, coarse.choices, effort=_EFFORT if coarse.is_exact else _EFFORT // 3)
+    # A group stands for as many copies as it has members.
+    groups = sum(len(section.allocations) for section in coarse.timeline.sections)
+    grouped = dataclasses.replace(link, copy_us=link.copy_us * len(coarse.places) / max(groups, 1))
+    search = Search(coarse.timeline, grouped, coarse.choices, effort=_EFFORT if coarse.is_exact else _EFFORT // 3)
     return Found(timeline, link, search, search.go(), coarse)
 
 
@@ -109,7 +112,7 @@ def plan(timeline: Timeline, link: Link, goal: Goal) -> Plan:
         made, _ = found.plan_of(point)
     else:
         assert goal.max_slowdown is not None
-        made = _at_price(found, timeline.step_ms * (1 + goal.max_slowdown))
+        made = _at_price(found, timeline.step_ms * (1 + goal.max_slowdown), kept if free else None)
     made, after = postpone(timeline, link, made, simulate(timeline, made, link))
     if free and goal.max_slowdown is not None and after.peak_bytes > before * (1 - _LEAST_GAIN):
         return explain(timeline, link, goal, kept, before, None)
@@ -123,8 +126,8 @@ def _kept_peak(timeline: Timeline, link: Link) -> int:
     return run.peak_bytes
 
 
-def _at_price(found: Found, most_ms: float) -> Plan:
-    """The smallest step of at most `most_ms`, or the fastest there is."""
+def _at_price(found: Found, most_ms: float, kept: Plan | None) -> Plan:
+    """The smallest step of at most `most_ms`, or the fastest there is. `kept`: that in which all stays, if it may."""
     allowed_ms = most_ms
     for _ in range(_TRIES):
         point = found.frontier.at_price(allowed_ms) or next(iter(found.frontier))
@@ -133,6 +136,9 @@ def _at_price(found: Found, most_ms: float) -> Plan:
             break
         # The groups promised more than their members keep.
         allowed_ms = min(allowed_ms - 1.5 * (ms - most_ms), point.ms - 1e-3)
+    else:
+        if kept is not None:
+            return kept
     return made
 
 
