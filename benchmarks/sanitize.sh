@@ -37,8 +37,8 @@ products=( # minutes: a product's threads are many
     "tests/kernels/test_grouped_gemm_gpu.py::test_rows_of_no_expert_are_zeros_and_the_bias_is_added"
 )
 # No captures: an allocator that does not cache has nothing to give to a graph. And nothing that looks at what is let go
-# of: the tool's backtraces keep Python's frames, and with them graphs of autograd that are over (the others of these
-# files ran under it for five minutes without a finding, and failed for that; so do captures, which meet old streams).
+# of: under the tool graphs of autograd outlive their backward (its backtraces hold Python's frames, it seems), so that
+# such tests fail, and captures meet the streams of graphs that should be gone.
 check engine memcheck \
     tests/gpu/test_cuda_laws.py::test_several_backwards_and_threads \
     tests/gpu/test_cuda_laws.py::test_reloaded_tensors_keep_their_address_modulo_512 \
