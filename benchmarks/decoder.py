@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import decoder_cases as cases
+from benchmarks import decoder_links as links
 from benchmarks.decoder_cases import Row
 from benchmarks.decoder_modes import PEERS, parse_policy
 from benchmarks.decoder_report import to_markdown
@@ -58,14 +59,14 @@ def main(argv: list[str] | None = None) -> int:
     results["shape"] = dataclasses.asdict(shape)
     quick = args.quick or args.tiny
     measure = {
-        "links": lambda: cases.link_rates(device),
-        "beside": lambda: cases.beside_copies(shape, device, rounds=4 if quick else 12),
+        "links": lambda: links.link_rates(device),
+        "beside": lambda: links.beside_copies(shape, device, rounds=4 if quick else 12),
         "steps": lambda: cases.side_by_side(shape, device, modes, rounds=2 if quick else 6, warm=1),
         "first": lambda: cases.first_steps(
             [*args.peers, *(policies[:1] if quick else policies[:2])], device, tiny=args.tiny, repeats=1 if quick else 2
         ),
         "host": lambda: cases.host_time(device, rounds=10 if quick else 60),
-        "lanes": lambda: cases.both_lanes(device),
+        "lanes": lambda: links.both_lanes(device),
         "sizes": lambda: cases.changing_sizes(shape, device, steps=20 if quick else 200, policy=policies[-1]),
         "bits": lambda: cases.same_bits(shape, device, policies),
     }

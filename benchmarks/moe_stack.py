@@ -18,7 +18,8 @@ from pathlib import Path
 import torch
 
 from benchmarks import moe_stack_cases as cases
-from benchmarks.decoder_cases import Row, link_rates
+from benchmarks.decoder_cases import Row
+from benchmarks.decoder_links import link_rates
 from benchmarks.environment import capture
 from benchmarks.moe_stack_model import RECIPES, StackShape
 from benchmarks.moe_stack_report import to_markdown

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import decoder, decoder_report, overhead, planner, planner_report
-from benchmarks.decoder_cases import overlap
+from benchmarks.decoder_links import overlap
 from benchmarks.decoder_model import CheckpointedDecoder, build, inputs, twin
 from benchmarks.decoder_modes import parse_policy
 from benchmarks.moe_block_model import TINY_BLOCKS, Blocks

@@ -9,7 +9,7 @@ _GB = 1e9
 
 PCIE_COMPUTE_SLOWDOWN = 0.016
 """Of an H100 on PCIe 5: the decoder's step takes 1.8 % longer beside copies out, 1.4 beside copies in, 3.3 beside both.
-`benchmarks.decoder --cases beside` measures it."""
+`benchmarks.decoder --cases beside` measures it; the figures are of `benchmarks/results/probes-2026-11-26`."""
 
 NAMED: dict[str, Link] = {
     "pcie4": Link(

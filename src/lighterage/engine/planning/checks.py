@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from .pace import compute_ms
+from .pace import TRIES, compute_ms
 from .step_log import StepLog
 
 # A planned step is timed again so early, and then every so many steps.
 FIRST_CHECK, CHECK_EVERY = 2, 50
 # Steps that take so much longer than foreseen, so many checked ones in a row, are measured anew.
 SLOWER, SLOW_CHECKS = 1.25, 4
-# So many steps in a row, at most, are passed over that had not the host memory which the plan counts on.
-_MOST_PASSED_OVER = 4
 
 
 class Checks:
@@ -45,7 +43,7 @@ class Checks:
         What found no room there has stayed on the device: such a step takes more of that than any other, and may wait.
         """
         self._passed_over += 1
-        return self._passed_over <= _MOST_PASSED_OVER
+        return self._passed_over <= TRIES
 
     def take(self, log: StepLog, *, fits: bool) -> None:
         """A step that was timed is over; it is read when the device has come past it.

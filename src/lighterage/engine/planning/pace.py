@@ -20,7 +20,7 @@ SETTLED = 8
 # What differs by less than this part changes nothing; by more than that, it is seen twice before it counts, and the
 # plan is made anew.
 _ALIKE, NEAR = 0.005, 0.04
-# So many steps are timed in a row, at most, until one of them can be compared with what was foreseen.
+# So many steps are timed in a row, at most, until one of them can be read, or compared with what was foreseen.
 TRIES = 4
 # So often a plan is made anew from the times of one measurement.
 MOST_REMADE = 2
