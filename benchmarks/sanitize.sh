@@ -1,50 +1,77 @@
 #!/usr/bin/env bash
-# compute-sanitizer over a small part of the GPU tests: memcheck over the engine and the kernels, racecheck over the
-# kernels (it sees shared memory only). Prints each tool's last lines; fails if one found something.
+# compute-sanitizer over the GPU tests of engine, graphs and kernels: memcheck over all of them, racecheck over the
+# kernels (it sees shared memory only). Prints a line for each group of tests; fails if a tool found something or a test
+# failed. Left out: tests marked `undisturbed`, which judge times or memory that the tool changes.
 #
-#     benchmarks/sanitize.sh [folder for the logs [engine] [kernels] [kernels-race] [products] [products-race]]
+#     benchmarks/sanitize.sh [folder for the logs [group ...]]
+#
+# SANITIZE_JOBS groups run at once (4); SANITIZE_TIMEOUT bounds each, in seconds (1800). All of it is about an hour of
+# one core's time; with 16 cores and all groups at once it takes ten minutes.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-sanitize-out}
 [ $# -eq 0 ] || shift
-chosen=${*:-engine kernels kernels-race products products-race}
+chosen=$*
 python=${PYTHON:-python3}
 mkdir -p "$out"
-# PyTorch's caching allocator would hide what lies outside of a tensor but inside its segment.
-export PYTORCH_NO_CUDA_MEMORY_CACHING=1 PYTHONPATH=src PYTEST_DISABLE_PLUGIN_AUTOLOAD=1
-found=0
+export PYTHONPATH=src PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1
 
-check() { # name, tool, tests
-    local name=$1 tool=$2
-    shift 2
-    [[ " $chosen " == *" $name "* ]] || return 0
-    timeout "${SANITIZE_TIMEOUT:-600}" compute-sanitizer --tool "$tool" --error-exitcode 86 --target-processes all \
-        "$python" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin -q --timeout 600 -p no:cacheprovider "$@" \
-        > "$out/$name.txt" 2>&1
-    local code=$?
-    echo "== $name ($tool): exit $code"
-    grep -E "ERROR SUMMARY|RACECHECK SUMMARY|passed|failed" "$out/$name.txt" | tail -4
-    [ "$code" -eq 0 ] || found=1
+# name, tool, allocator, then arguments of pytest.
+#
+# PyTorch's caching allocator hides what lies outside of a tensor but inside its segment, so that most groups do without
+# ("plain"). But captures need it ("caching"), and without it freeing memory waits for the device, so that memory is
+# never used again while a copy is under way: where that is what a test provokes, the test runs both ways.
+groups() {
+    local gpu=tests/gpu kernels=tests/kernels
+    group laws           memcheck  plain   $gpu/test_cuda_laws.py
+    group engine         memcheck  plain   $gpu/test_engine_cuda.py
+    group urgent         memcheck  plain   $gpu/test_urgent_cuda.py -k "not on_the_way_back"
+    group early          memcheck  caching $gpu/test_urgent_cuda.py $gpu/test_engine_cuda.py -k "too_early"
+    group captures       memcheck  caching $gpu/test_capture_cuda.py
+    group graphs         memcheck  caching $gpu/test_graphed_callables_cuda.py
+    group drivers        memcheck  caching $gpu/test_graph_driver_cuda.py $gpu/test_compat_graphs_cuda.py \
+        $gpu/test_gauge_cuda.py $gpu/test_plans_cuda.py
+    group fp8-block      memcheck  plain   $kernels/test_triton_fp8_block.py $kernels/test_triton_launch.py
+    group mxfp8          memcheck  plain   $kernels/test_triton_mxfp8.py $kernels/test_triton_swiglu.py
+    group nvfp4          memcheck  plain   $kernels/test_triton_nvfp4.py $kernels/test_triton_dequantize.py
+    group products       memcheck  plain   $kernels/test_grouped_gemm_gpu.py
+    group formats        memcheck  plain   tests/formats/test_gpu.py tests/formats/test_device_splits.py
+    group fp8-block-race racecheck plain   $kernels/test_triton_fp8_block.py
+    group mxfp8-race     racecheck plain   $kernels/test_triton_mxfp8.py $kernels/test_triton_swiglu.py
+    group nvfp4-race     racecheck plain   $kernels/test_triton_nvfp4.py $kernels/test_triton_dequantize.py
+    group products-race  racecheck plain   $kernels/test_grouped_gemm_gpu.py
+    # What provokes an error of CUDA's own, without the tool's word on failed calls.
+    group errors         memcheck  caching $gpu/test_capture_cuda.py $gpu/test_graphed_callables_cuda.py \
+        $gpu/test_graph_driver_cuda.py
 }
 
-kernels=(
-    "tests/kernels/test_triton_fp8_block.py::test_ragged_and_empty_splits_equal_the_reference"
-    "tests/kernels/test_triton_fp8_block.py::test_one_direction_alone_equals_the_reference"
-    "tests/kernels/test_triton_swiglu.py::test_the_backward_is_that_of_autograd"
-    "tests/kernels/test_triton_permute.py::test_copies_are_placed_as_by_a_stable_sort"
-)
-products=( # minutes: a product's threads are many
-    "tests/kernels/test_grouped_gemm_gpu.py::test_rows_of_no_expert_are_zeros_and_the_bias_is_added"
-)
-# No captures: an allocator that does not cache has nothing to give to a graph. And nothing that looks at what is let go
-# of: under the tool graphs of autograd outlive their backward (its backtraces hold Python's frames, it seems), so that
-# such tests fail, and captures meet the streams of graphs that should be gone.
-check engine memcheck \
-    tests/gpu/test_cuda_laws.py::test_several_backwards_and_threads \
-    tests/gpu/test_cuda_laws.py::test_reloaded_tensors_keep_their_address_modulo_512 \
-    tests/gpu/test_engine_cuda.py::test_what_is_written_between_saved_ranges_is_not_lost
-check kernels memcheck "${kernels[@]}"
-check kernels-race racecheck "${kernels[@]}"
-check products memcheck "${products[@]}"
-check products-race racecheck "${products[@]}"
-exit $found
+group() {
+    local name=$1 tool=$2 allocator=$3
+    shift 3
+    [[ -z "$chosen" || " $chosen " == *" $name "* ]] || return 0
+    while [ "$(jobs -rp | wc -l)" -ge "${SANITIZE_JOBS:-4}" ]; do wait -n; done
+    check "$name" "$tool" "$allocator" "$@" &
+}
+
+check() {
+    local name=$1 tool=$2 allocator=$3 marked="not undisturbed and not cuda_error" calls=yes code=0
+    shift 3
+    [ "$name" != errors ] || { marked="cuda_error" calls=no; }
+    [ "$allocator" = caching ] || export PYTORCH_NO_CUDA_MEMORY_CACHING=1
+    # No backtraces: they would hold frames of Python's, and with them the graphs of autograd of which tests check that
+    # they are gone.
+    timeout -k 20 "${SANITIZE_TIMEOUT:-1800}" compute-sanitizer --tool "$tool" --show-backtrace no \
+        $([ "$tool" = memcheck ] && echo "--report-api-errors $([ $calls = yes ] && echo all || echo no)") \
+        --error-exitcode 86 --target-processes all \
+        "$python" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin -m "$marked" -v --tb=short --durations=10 \
+        --timeout 900 -p no:cacheprovider "$@" > "$out/$name.txt" 2>&1 || code=$?
+    echo "$code" > "$out/$name.code"
+    printf '%-15s %-9s exit %-3s  %s; %s\n' "$name" "$tool" "$code" \
+        "$(grep -E '^=+ .*(passed|failed|error)' "$out/$name.txt" | tail -1 | tr -d '=')" \
+        "$(grep -E 'SUMMARY' "$out/$name.txt" | tail -1 | tr -d '=')"
+}
+
+rm -f "$out"/*.code
+groups
+wait
+! cat "$out"/*.code | grep -qv '^0$'

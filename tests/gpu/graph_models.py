@@ -6,12 +6,15 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 WIDTH, ROWS, LAYERS = 512, 2048, 6
 LONG = 100_000_000
 """Cycles: some 50 ms, longer than anything a test issues meanwhile."""
+FORBIDDEN = pytest.param("forbidden", marks=pytest.mark.cuda_error)
+"""An error that CUDA itself raises, for what no capture may do."""
 
 
 class Block(nn.Module):

@@ -21,6 +21,7 @@ from lighterage.engine.offloader import Offloader
 from lighterage.nn import GroupedLinear, MoE, TransformerBlock
 from lighterage.recipes import Float8BlockScaling
 from tests.gpu.graph_models import (
+    FORBIDDEN,
     LONG,
     CapturedStep,
     assert_equal,
@@ -64,6 +65,7 @@ def test_a_whole_step_in_one_graph_has_the_same_bits_at_each_replay(policy: dict
             assert_equal(captured.replay(batch(seed)), step(twin, batch(seed)))
 
 
+@pytest.mark.undisturbed
 def test_a_graph_with_offload_takes_less_memory() -> None:
     taken = []
     for offload in (False, True):
@@ -128,6 +130,7 @@ def test_each_layer_may_have_graphs_of_its_own() -> None:
         assert_equal(run(short, 4), run(short_twin, 4))
 
 
+@pytest.mark.undisturbed
 def test_memory_falls_with_graphs_apart() -> None:
     taken = []
     for offload in (False, True):
@@ -296,7 +299,7 @@ def test_blocks_with_copies_under_way_are_waited_for_before_a_capture_uses_them(
             assert offloader.stats().bytes_in > 0
 
 
-@pytest.mark.parametrize("error", ["python", "forbidden"])
+@pytest.mark.parametrize("error", ["python", FORBIDDEN])
 def test_an_error_inside_a_capture_leaves_the_engine_usable(error: str) -> None:
     model = make()
     twin = copy.deepcopy(model)
@@ -358,6 +361,7 @@ def test_two_whole_steps_may_share_a_pool() -> None:
         offloader.close()
 
 
+@pytest.mark.undisturbed
 @pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_copies_run_beside_compute_inside_a_replay() -> None:
     model = make(8)

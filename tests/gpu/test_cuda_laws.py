@@ -121,6 +121,7 @@ def test_delayed_lanes_give_the_same_bits(policy: dict[str, object]) -> None:
         assert offloader.stats().bytes_in > 0
 
 
+@pytest.mark.undisturbed
 def test_forward_holds_less_by_what_was_moved() -> None:
     """Law 5: freed means freed."""
     model = Model().cuda()
@@ -143,6 +144,7 @@ def test_forward_holds_less_by_what_was_moved() -> None:
     assert plain - held >= 0.97 * stats.bytes_out
 
 
+@pytest.mark.undisturbed
 def test_peak_memory_falls() -> None:
     model = Model(12).cuda()
     x = batch()
@@ -160,6 +162,7 @@ def test_peak_memory_falls() -> None:
         assert plain - offloaded > offloader.stats().bytes_out // 2
 
 
+@pytest.mark.undisturbed
 def test_a_warm_step_never_waits_for_the_device() -> None:
     """Law 7."""
     model = Model().cuda()
@@ -175,6 +178,7 @@ def test_a_warm_step_never_waits_for_the_device() -> None:
         assert offloader.stats().host_bytes_reserved == reserved
 
 
+@pytest.mark.undisturbed
 def test_memory_stays_flat_while_sizes_change() -> None:
     model = Model(4).cuda()
     rng = random.Random(3)
@@ -304,6 +308,7 @@ def test_several_backwards_and_threads() -> None:
             assert_equal(list(again), list(wanted[index]))
 
 
+@pytest.mark.undisturbed
 def test_copies_run_beside_compute_and_in_both_directions_at_once() -> None:
     model = Model(8).cuda()
     x = batch(8192)

@@ -143,7 +143,7 @@ class Churn:
 def test_blocks_and_device_memory_are_not_used_again_too_early(tier: str, release_after: int) -> None:
     chance = random.Random(release_after)
     num_programs = wrong = moved = refused = 0
-    until = time.monotonic() + 5
+    enough, too_long = time.monotonic() + 5, time.monotonic() + 60
     for seed in itertools.count():
         offloader = offloader_of(
             lambda: torch.cuda._sleep(chance.choice([0, 0, 0, 100_000, 1_000_000, 5_000_000])),
@@ -161,9 +161,10 @@ def test_blocks_and_device_memory_are_not_used_again_too_early(tier: str, releas
             moved += offloader.stats(total=True).bytes_in
             refused += sum(offloader.report().refusals.values())
         num_programs += 20
-        if time.monotonic() > until:
+        told = num_programs >= 40 and moved > 50 * MIB and refused > 0
+        if time.monotonic() > (enough if told else too_long):  # a tool that watches the device may slow all of it
             break
-    assert num_programs >= 40 and moved > 50 * MIB and refused > 0
+    assert told, f"{num_programs} programs moved {moved} bytes, and {refused} were refused: too little was tried"
 
 
 def test_several_threads_and_streams_share_an_offloader() -> None:
@@ -393,6 +394,7 @@ def test_nothing_is_pinned_after_the_second_identical_step(monkeypatch: pytest.M
         assert stats.host_bytes_reserved <= 1.05 * stats.host_bytes_peak + 4 * MIB
 
 
+@pytest.mark.undisturbed
 def test_device_and_host_memory_stay_flat_over_two_hundred_steps_of_changing_sizes() -> None:
     model, chance = decoder(3), random.Random(5)
     with lighterage.offload(model, keep_last=0) as offloader:
@@ -406,6 +408,7 @@ def test_device_and_host_memory_stay_flat_over_two_hundred_steps_of_changing_siz
         assert offloader.stats().host_bytes_reserved <= 1.05 * before[1]
 
 
+@pytest.mark.undisturbed
 def test_both_lanes_are_busy_at_once() -> None:
     """Backward of the first microbatch fetches while the bytes of the second are still leaving."""
     nbytes = 64 * MIB

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import lighterage
 from lighterage import GraphError, make_graphed_callables
 from lighterage.graphs import Graphed, replaying
-from tests.gpu.graph_models import LONG, WIDTH, Block, assert_equal, batch, eventually, make, step
+from tests.gpu.graph_models import FORBIDDEN, LONG, WIDTH, Block, assert_equal, batch, eventually, make, step
 
 pytestmark = pytest.mark.gpu
 
@@ -627,7 +627,7 @@ def test_a_copy_of_a_graphed_module_runs_without_graphs() -> None:
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
-@pytest.mark.parametrize("how", ["python", "forbidden"])
+@pytest.mark.parametrize("how", ["python", FORBIDDEN])
 def test_an_error_inside_capture_leaves_all_usable(when: str, how: str) -> None:
     failing = [True]
 

@@ -85,6 +85,7 @@ def same(a: list[Tensor], b: list[Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.undisturbed
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("recompute", ["never", "auto"])
 def test_a_budget_is_kept_to_with_the_same_bits(recompute: Any) -> None:
@@ -118,6 +119,7 @@ def test_a_budget_is_kept_to_with_the_same_bits(recompute: Any) -> None:
     assert max(peaks) <= 1.05 * budget
 
 
+@pytest.mark.undisturbed
 @pytest.mark.usefixtures("deterministic")
 def test_what_is_foreseen_under_a_budget_is_what_steps_take_with_the_same_bits() -> None:
     """Everything moves while it is measured, so that the times which are measured are not those of planned steps."""
@@ -151,6 +153,7 @@ def test_what_is_foreseen_under_a_budget_is_what_steps_take_with_the_same_bits()
     raise AssertionError("\n".join(reports))
 
 
+@pytest.mark.undisturbed
 def test_a_budget_under_the_floor_is_refused() -> None:
     _, model = pair()
     with lighterage.offload(model, device_budget="64MiB") as offloader, pytest.raises(BudgetError) as refused:
@@ -190,6 +193,7 @@ def test_every_mode_gives_the_same_bits_with_delayed_lanes(mode: Any) -> None:
         assert offloader.stats().bytes_out > 0, str(offloader.report())
 
 
+@pytest.mark.undisturbed
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_planned_steps_never_wait_on_the_host_for_the_device() -> None:
     _, model = pair()

@@ -97,6 +97,7 @@ def test_a_kernel_reads_what_the_copy_engine_would(moved: Callable[..., Moved], 
     assert torch.equal(into, data)
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("urgent", [True, False])
 def test_an_urgent_reload_finishes_before_a_large_earlier_one(moved: Callable[..., Moved], urgent: bool) -> None:
     """512 MiB take some 10 ms; 8 MiB that are asked for meanwhile are read by a kernel, or wait for all of it."""
@@ -124,6 +125,7 @@ def test_an_urgent_reload_finishes_before_a_large_earlier_one(moved: Callable[..
         assert min(shares) > 0.99
 
 
+@pytest.mark.undisturbed
 @pytest.mark.parametrize("what", ["out", "in"])
 def test_what_is_issued_after_an_urgent_reload_gives_way(moved: Callable[..., Moved], what: str) -> None:
     world = moved()
@@ -188,7 +190,7 @@ def test_chunks_and_delayed_lanes_give_the_same_bits(tier: str, chunk: int, monk
 
         monkeypatch.setattr(kind, "restore", counted)
     chance = random.Random(chunk)
-    until = time.monotonic() + 4
+    enough, too_long = time.monotonic() + 4, time.monotonic() + 60
     for seed in itertools.count():
         offloader = offloader_of(
             lambda: torch.cuda._sleep(chance.choice([0, 0, 0, 100_000, 1_000_000, 5_000_000])),
@@ -202,7 +204,7 @@ def test_chunks_and_delayed_lanes_give_the_same_bits(tier: str, chunk: int, monk
             churn.run(20)
             assert churn.num_seen > 0 and int(churn.wrong) == 0
             assert offloader.stats().host_bytes_in_use == 0
-        if time.monotonic() > until:
+        if time.monotonic() > (enough if min(num_urgent) > 20 else too_long):
             break
     assert min(num_urgent) > 20, "one of the lanes in was hardly used"
 
@@ -235,6 +237,7 @@ def test_memory_that_goes_on_the_way_back_is_not_used_again_too_early(tier: str,
     raise AssertionError("no copy was ever under way")
 
 
+@pytest.mark.undisturbed
 def test_an_urgent_reload_from_disk_overtakes_a_large_one(moved: Callable[..., Moved]) -> None:
     world = moved(tier="disk")
     large, small = noise(512 * MIB, 0), noise(MIB, 1)
