@@ -143,7 +143,7 @@ class Churn:
 def test_blocks_and_device_memory_are_not_used_again_too_early(tier: str, release_after: int) -> None:
     chance = random.Random(release_after)
     num_programs = wrong = moved = refused = 0
-    enough, too_long = time.monotonic() + 5, time.monotonic() + 60
+    enough, too_long = time.monotonic() + 5, time.monotonic() + 120
     for seed in itertools.count():
         offloader = offloader_of(
             lambda: torch.cuda._sleep(chance.choice([0, 0, 0, 100_000, 1_000_000, 5_000_000])),
@@ -186,7 +186,7 @@ def test_several_threads_and_streams_share_an_offloader() -> None:
     for worker in workers:
         worker.start()
     for worker in workers:
-        worker.join(60)
+        worker.join(150)
     assert len(results) == 4 and all(seen > 0 and wrong == 0 for seen, wrong in results)
     assert offloader.stats().host_bytes_in_use == 0
     offloader.close()

@@ -6,6 +6,8 @@ import contextlib
 import copy
 import gc
 import pickle
+import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any
@@ -112,6 +114,24 @@ def test_a_second_forward_is_refused_until_backward_came_or_nobody_can_run_it() 
     del second
     gc.collect()
     module(values(5, 6)).sum().backward()
+
+
+def test_a_graph_that_another_thread_is_about_to_let_go_of_is_waited_for() -> None:
+    """As after a backward that raised: a thread of autograd's holds its nodes a moment longer than the caller."""
+    module = graphed(Scale())
+    held = [module(values(1, 2))]
+    begun = threading.Event()
+
+    def let_go() -> None:
+        begun.set()
+        time.sleep(0.05)
+        held.clear()
+
+    thread = threading.Thread(target=let_go)
+    thread.start()
+    begun.wait()
+    module(values(5, 6)).sum().backward()
+    thread.join()
 
 
 def test_a_second_backward_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 _OF_A_LEAF = "torch::autograd::AccumulateGrad"
 """The autograd node of a tensor that needs a gradient and was not computed."""
+_PATIENCE = 0.25
+"""Seconds that a replay waits for the last one's graph to go, where its backward is still to come. A backward that
+raised is let go of by a thread of autograd's, a moment after its caller has the error."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -174,8 +178,7 @@ class Recording:
         Raises:
             GraphError: the last one's backward is still to come, or the module is not what was captured.
         """
-        last = None if self._open is None else self._open()
-        if self.backward is not None and last is not None and not (last.spent or last.spoilt):
+        if self._awaits_backward():
             raise GraphError(
                 f"the graph of {self.name} was replayed, and its backward is still to come: a second replay would "
                 "overwrite what the first one saved. Run backward first, drop the first result, or capture one graph "
@@ -190,6 +193,20 @@ class Recording:
         if self.backward is not None:
             self.memory.waits(ticket, *self.places)
         return ticket
+
+    def _awaits_backward(self) -> bool:
+        """Whether somebody can still run the last replay's backward."""
+        until = 0.0
+        while self.backward is not None and self._open is not None:
+            last = self._open()
+            if last is None or last.spent or last.spoilt:
+                return False
+            del last
+            until = until or time.monotonic() + _PATIENCE
+            if time.monotonic() > until:
+                return True
+            time.sleep(0.001)
+        return False
 
     def _versions(self) -> tuple[int, ...]:
         return tuple([self.outputs[place]._version for place in self.saved_outputs])
