@@ -1,17 +1,46 @@
-"""A kernel that writes past its tensor, to see that compute-sanitizer tells: part of `benchmarks/sanitize.sh`."""
+"""Faults for compute-sanitizer to find, so that its silence says something: part of `benchmarks/sanitize.sh`.
+
+`python benchmarks/planted_fault.py bounds` writes past a tensor, `race` writes and reads shared memory from two groups
+of warps that wait for nothing (Hopper and later).
+"""
 
 from __future__ import annotations
+
+import sys
 
 import torch
 import triton
 import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
 
 
 @triton.jit
-def _planted_kernel(out, BLOCK: tl.constexpr):
+def _out_of_bounds_kernel(out, BLOCK: tl.constexpr):
     tl.store(out + tl.arange(0, BLOCK), 1.0)
 
 
+@gluon.jit
+def _write(shared, out, value, layout: gl.constexpr):
+    shared.store(gl.full([128], value, gl.float32, layout=layout))
+
+
+@gluon.jit
+def _read(shared, out, value, layout: gl.constexpr):
+    gl.store(out + gl.arange(0, 128, layout=layout), shared.load(layout))
+
+
+@gluon.jit
+def _race_kernel(out, value):
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    shared = gl.allocate_shared_memory(gl.float32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    gl.warp_specialize([(_write, (shared, out, value, layout)), (_read, (shared, out, value, layout))], [4], [24])
+
+
 if __name__ == "__main__":
-    _planted_kernel[(1,)](torch.zeros(1000, device="cuda"), BLOCK=1024)
+    out = torch.zeros(128, device="cuda")
+    if sys.argv[1] == "race":
+        _race_kernel[(1,)](out, 1.0, num_warps=4)
+    else:
+        _out_of_bounds_kernel[(1,)](out, BLOCK=256)
     torch.cuda.synchronize()

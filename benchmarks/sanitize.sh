@@ -5,13 +5,17 @@
 #
 #     benchmarks/sanitize.sh [folder for the logs [group ...]]
 #
-# SANITIZE_JOBS groups run at once (4); SANITIZE_TIMEOUT bounds each, in seconds (1800).
+# SANITIZE_JOBS groups run at once (4); SANITIZE_TIMEOUT bounds each, in seconds (1800); COMPUTE_SANITIZER names the
+# program. Take one of 2026.1 or newer (`pip install nvidia-cuda-sanitizer-api` brings one): before, racecheck did not
+# follow the barriers of groups of warps on Hopper, and took the compiler's own start of them for a race (seen with
+# 2025.3); and memcheck looks at what the TMA loads since 2026.2.
 set -u
 cd "$(dirname "$0")/.."
 out=${1:-sanitize-out}
 [ $# -eq 0 ] || shift
 chosen=$*
 python=${PYTHON:-python3}
+sanitizer=${COMPUTE_SANITIZER:-compute-sanitizer}
 mkdir -p "$out"
 export PYTHONPATH=src PYTEST_DISABLE_PLUGIN_AUTOLOAD=1 PYTHONUNBUFFERED=1
 
@@ -34,13 +38,19 @@ groups() {
         $gpu/test_gauge_cuda.py $gpu/test_plans_cuda.py
     group fp8-block      memcheck  plain   $kernels/test_triton_fp8_block.py $kernels/test_triton_launch.py
     group mxfp8          memcheck  plain   $kernels/test_triton_mxfp8.py $kernels/test_triton_swiglu.py
-    group nvfp4          memcheck  plain   $kernels/test_triton_nvfp4.py $kernels/test_triton_dequantize.py
+    group nvfp4          memcheck  plain   $kernels/test_triton_nvfp4.py -k "not ieee"
+    group nvfp4-ieee     memcheck  plain   $kernels/test_triton_nvfp4.py -k ieee
+    group dequantize     memcheck  plain   $kernels/test_triton_dequantize.py
     group products       memcheck  plain   $kernels/test_grouped_gemm_gpu.py
     group formats        memcheck  plain   tests/formats/test_gpu.py tests/formats/test_device_splits.py
     group fp8-block-race racecheck plain   $kernels/test_triton_fp8_block.py
     group mxfp8-race     racecheck plain   $kernels/test_triton_mxfp8.py $kernels/test_triton_swiglu.py
-    group nvfp4-race     racecheck plain   $kernels/test_triton_nvfp4.py $kernels/test_triton_dequantize.py
-    group products-race  racecheck plain   $kernels/test_grouped_gemm_gpu.py
+    group nvfp4-race     racecheck plain   $kernels/test_triton_nvfp4.py -k "not ieee"
+    group nvfp4-ieee-race racecheck plain  $kernels/test_triton_nvfp4.py -k ieee
+    group dequantize-race racecheck plain  $kernels/test_triton_dequantize.py
+    group products-race  racecheck plain   $kernels/test_grouped_gemm_gpu.py -k portable
+    group weights-race   racecheck plain   $kernels/test_grouped_gemm_gpu.py -k weights
+    group hopper-race    racecheck plain   $kernels/test_grouped_gemm_gpu.py -k "hopper or powers_of_two"
     # What provokes an error of CUDA's own, without the tool's word on failed calls.
     group errors         memcheck  caching $gpu/test_capture_cuda.py $gpu/test_graphed_callables_cuda.py \
         $gpu/test_graph_driver_cuda.py
@@ -63,21 +73,29 @@ check() {
     [ "$allocator" = caching ] || export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     # No backtraces: they would hold frames of Python's, and with them the graphs of autograd of which tests check that
     # they are gone.
-    timeout -k 20 "${SANITIZE_TIMEOUT:-1800}" compute-sanitizer --tool "$tool" "${options[@]}" --show-backtrace no \
+    timeout -k 20 "${SANITIZE_TIMEOUT:-1800}" "$sanitizer" --tool "$tool" "${options[@]}" --show-backtrace no \
         --error-exitcode 86 --target-processes all \
         "$python" -m pytest -p pytest_timeout -p _hypothesis_pytestplugin -m "$marked" -v --tb=short --durations=10 \
         --timeout 900 -p no:cacheprovider "$@" > "$out/$name.txt" 2>&1 || code=$?
     echo "$code" > "$out/$name.code"
-    printf '%-15s %-9s exit %-3s  %s; %s\n' "$name" "$tool" "$code" \
-        "$(grep -E '^=+ .*(passed|failed|error)' "$out/$name.txt" | tail -1 | tr -d '=')" \
+    printf '%-16s %-9s exit %-3s %s;%s\n' "$name" "$tool" "$code" \
+        "$(grep -E '^=+ .*(passed|failed) ?.* in ' "$out/$name.txt" | tail -1 | tr -d '=')" \
         "$(grep -E 'SUMMARY' "$out/$name.txt" | tail -1 | tr -d '=')"
 }
 
 rm -f "$out"/*.code
-# What these options find is shown first.
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --kernel-name-exclude kns=_Z --show-backtrace no \
-    --error-exitcode 86 "$python" benchmarks/planted_fault.py > "$out/planted.txt" 2>&1
-[ $? -eq 86 ] || { echo "the tool did not find a planted fault: see $out/planted.txt"; exit 1; }
+# What these options find is shown first: each tool has to find its planted fault.
+for fault in bounds race; do
+    tool=memcheck
+    if [ $fault = race ]; then
+        tool=racecheck
+        "$python" -c "import torch; raise SystemExit(torch.cuda.get_device_capability()[0] != 9)" || continue
+    fi
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --kernel-name-exclude kns=_Z --show-backtrace no \
+        --error-exitcode 86 "$python" benchmarks/planted_fault.py $fault > "$out/planted-$fault.txt" 2>&1
+    [ $? -eq 86 ] || { echo "$tool did not find a planted fault: see $out/planted-$fault.txt"; exit 1; }
+done
+"$sanitizer" --version | tail -1
 groups
 wait
 ! cat "$out"/*.code | grep -qv '^0$'
