@@ -17,12 +17,12 @@ from triton.experimental.gluon import language as gl
 
 @triton.jit
 def _out_of_bounds_kernel(out, BLOCK: tl.constexpr):
-    tl.store(out + tl.arange(0, BLOCK), 1.0)
+    tl.store(out + tl.arange(0, BLOCK), 1)
 
 
 @gluon.jit
 def _write(shared, out, value, layout: gl.constexpr):
-    shared.store(gl.full([128], value, gl.float32, layout=layout))
+    shared.store(gl.full([128], 1, gl.int64, layout=layout) * value)
 
 
 @gluon.jit
@@ -33,14 +33,14 @@ def _read(shared, out, value, layout: gl.constexpr):
 @gluon.jit
 def _race_kernel(out, value):
     layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    shared = gl.allocate_shared_memory(gl.float32, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    shared = gl.allocate_shared_memory(gl.int64, [128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     gl.warp_specialize([(_write, (shared, out, value, layout)), (_read, (shared, out, value, layout))], [4], [24])
 
 
 if __name__ == "__main__":
-    out = torch.zeros(128, device="cuda")
+    out = torch.zeros(128, dtype=torch.int64, device="cuda")
     if sys.argv[1] == "race":
-        _race_kernel[(1,)](out, 1.0, num_warps=4)
+        _race_kernel[(1,)](out, 3, num_warps=4)
     else:
         _out_of_bounds_kernel[(1,)](out, BLOCK=256)
     torch.cuda.synchronize()

@@ -67,9 +67,14 @@ group() {
 check() {
     local name=$1 tool=$2 allocator=$3 marked="not undisturbed and not cuda_error" code=0 options=()
     shift 3
-    [ "$tool" != memcheck ] || options=(--report-api-errors all)
-    [ "$name" != errors ] || marked=cuda_error options=(--report-api-errors no)
-    [[ "$*" == *tests/gpu/test_* ]] || options+=(--kernel-name-exclude kns=_Z)
+    [ "$name" != errors ] || marked=cuda_error
+    [[ "$*" == *tests/gpu/test_* ]] || options=(--kernel-name-exclude kns=_Z)
+    # Of failed calls the engine's groups alone are told: newer tools tell of calls that PyTorch makes to see whether it
+    # has a context yet.
+    if [ "$tool" = memcheck ]; then
+        [[ "$name" != errors && "$*" == *tests/gpu/test_* ]] && options+=(--report-api-errors all) ||
+            options+=(--report-api-errors no)
+    fi
     [ "$allocator" = caching ] || export PYTORCH_NO_CUDA_MEMORY_CACHING=1
     # No backtraces: they would hold frames of Python's, and with them the graphs of autograd of which tests check that
     # they are gone.
@@ -93,7 +98,10 @@ for fault in bounds race; do
     fi
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool $tool --kernel-name-exclude kns=_Z --show-backtrace no \
         --error-exitcode 86 "$python" benchmarks/planted_fault.py $fault > "$out/planted-$fault.txt" 2>&1
-    [ $? -eq 86 ] || { echo "$tool did not find a planted fault: see $out/planted-$fault.txt"; exit 1; }
+    [ $? -eq 86 ] || {
+        echo "$tool did not find a planted fault, so that its silence says nothing: see $out/planted-$fault.txt"
+        echo 1 > "$out/planted-$fault.code"
+    }
 done
 "$sanitizer" --version | tail -1
 groups
