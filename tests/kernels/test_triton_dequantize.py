@@ -107,7 +107,7 @@ def test_every_code_and_scale_is_decoded() -> None:
     scales = torch.zeros(2048, 4, dtype=torch.uint8)
     scales[:, 0] = torch.arange(2048) // 8
     for fp8_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        group = _group("mxfp8" if fp8_dtype == torch.float8_e4m3fn else "mxfp8_e5m2", torch.zeros(2048, 32), [2048])
+        group = _group("mxfp8" if fp8_dtype == torch.float8_e4m3fn else "mxfp8_e5m2", torch.zeros(2048, 32, device=DEVICE), [2048])
         buffer = torch.cat([codes.flatten(), scales.flatten()]).to(DEVICE)
         group = group.with_buffers(rowwise=buffer)
         wanted = dequantize_group(group, "rowwise", backend="reference")
@@ -117,7 +117,7 @@ def test_every_code_and_scale_is_decoded() -> None:
     scales[:, 0] = torch.arange(128).clamp(max=0x7E)
     for amax in (1.0, 6.0, 3e38, 1e-38, float("inf"), 0.0):
         last = torch.tensor([amax]).view(torch.uint8)
-        group = _group("nvfp4", torch.zeros(128, 16), [128])
+        group = _group("nvfp4", torch.zeros(128, 16, device=DEVICE), [128])
         group = group.with_buffers(rowwise=torch.cat([data.flatten(), scales.flatten(), last]).to(DEVICE))
         wanted = dequantize_group(group, "rowwise", backend="reference")
         assert _same(dequantize_group(group, "rowwise", backend="triton"), wanted)
@@ -126,7 +126,7 @@ def test_every_code_and_scale_is_decoded() -> None:
 def test_nothing_to_decode() -> None:
     for name in ("fp8_block", "nvfp4"):
         for shape in ((0, 32), (32, 0)):
-            group = _group(name, torch.zeros(shape), [shape[0], 0])
+            group = _group(name, torch.zeros(shape, device=DEVICE), [shape[0], 0])
             assert dequantize_group(group, "columnwise", backend="triton").shape == shape
 
 
