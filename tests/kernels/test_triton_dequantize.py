@@ -107,7 +107,9 @@ def test_every_code_and_scale_is_decoded() -> None:
     scales = torch.zeros(2048, 4, dtype=torch.uint8)
     scales[:, 0] = torch.arange(2048) // 8
     for fp8_dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
-        group = _group("mxfp8" if fp8_dtype == torch.float8_e4m3fn else "mxfp8_e5m2", torch.zeros(2048, 32, device=DEVICE), [2048])
+        group = _group(
+            "mxfp8" if fp8_dtype == torch.float8_e4m3fn else "mxfp8_e5m2", torch.zeros(2048, 32, device=DEVICE), [2048]
+        )
         buffer = torch.cat([codes.flatten(), scales.flatten()]).to(DEVICE)
         group = group.with_buffers(rowwise=buffer)
         wanted = dequantize_group(group, "rowwise", backend="reference")
