@@ -16,6 +16,7 @@ from torch import nn
 import lighterage
 from lighterage import OffloadError
 from lighterage.engine.hooks import Attachment
+from lighterage.planner.plan import Move, Plan, SectionPlan
 from tests.engine.programs import (
     Stack,
     batch,
@@ -29,7 +30,7 @@ from tests.engine.programs import (
 )
 
 # Where sections begin and end. (A block that an interrupt catches just as it is granted goes with its store.)
-FILES = ("hooks.py", "opening.py", "scopes.py", "sections.py", "steps.py", "modules.py")
+FILES = ("hooks.py", "opening.py", "resting.py", "scopes.py", "sections.py", "steps.py", "modules.py")
 
 
 class _InterruptAt:
@@ -83,6 +84,45 @@ def test_wherever_an_interrupt_comes_no_hook_is_left_and_the_next_steps_are_righ
             assert offloader.stats(total=True).saved_bytes > saved, f"the step did not end: {interrupt.where}"
         assert offloader.stats().host_bytes_reserved == 0, interrupt.where
         at += 3
+    assert interrupted > 50
+
+
+def test_wherever_an_interrupt_comes_under_a_plan_the_hooks_that_sections_at_rest_put_by_are_no_more_and_no_less() -> (
+    None
+):
+    torch.manual_seed(0)
+    model: Stack = mlp_stack(3)
+    expected = [bits(v) for v in train(batch(1))(model)] + grads_of(model)
+    with lighterage.offload(model, min_bytes=64, tier="host", recompute="never") as offloader:
+        for _ in range(5):
+            train(batch(1))(model)
+        timeline = offloader.timeline
+    assert timeline is not None
+    moved = [tuple(Move(save=a.save, release_after=0) for a in s.allocations if s.gap) for s in timeline.sections]
+    sections = tuple(SectionPlan(name=s.name, moves=m) for s, m in zip(timeline.sections, moved, strict=True))
+    plan = Plan(sections=sections, fetches=((),) * len(timeline.phases))
+    at, interrupted = 1, 0
+    while True:
+        with lighterage.offload(model, min_bytes=64, tier="host") as offloader:
+            offloader.use_plan(plan, timeline)
+            interrupt = _InterruptAt(at)
+            before = sys.gettrace()
+            sys.settrace(interrupt)
+            try:
+                train(batch(2))(model)
+            except KeyboardInterrupt as caught:
+                caught.__traceback__ = None
+                interrupted += 1
+            finally:
+                sys.settrace(before)
+            if not interrupt.where:
+                break
+            assert no_hook_is_pushed(), interrupt.where
+            model.zero_grad()
+            assert [bits(v) for v in train(batch(1))(model)] + grads_of(model) == expected, interrupt.where
+            assert no_hook_is_pushed() and offloader.stats().host_bytes_in_use == 0, interrupt.where
+        assert offloader.stats().host_bytes_reserved == 0, interrupt.where
+        at += 2
     assert interrupted > 50
 
 

@@ -82,6 +82,12 @@ class Row:
         self.late_ms = 0.0
         self.unseen_bytes: int | None = None
 
+    def note_at_rest(self, saves: int, kept: dict[str, int]) -> None:
+        """Nothing of it leaves, and its saves are not seen: they are what they were when it was measured."""
+        self.saves = saves
+        self.kept = dict(kept)
+        self.saved_bytes = self.unique_bytes = sum(kept.values())
+
     @property
     def kept_bytes(self) -> int:
         return sum(self.kept.values())

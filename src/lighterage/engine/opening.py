@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from types import TracebackType
@@ -17,7 +18,8 @@ from .ledger import Ledger
 from .modules import SectionModules
 from .planning import Autoplan
 from .policy import Policy
-from .scopes import BetweenSections, Pack, Recorder, enter, leave, pop_if_on_top, why_stand_aside
+from .resting import run_at_rest
+from .scopes import BetweenSections, HooksPutBy, Pack, Recorder, enter, leave, pop_if_on_top, why_stand_aside
 from .sections import KEEP_LAST, KEEP_SECTION, LiveSection, Section, SectionCall
 from .steps import Steps
 
@@ -168,7 +170,12 @@ class Opener:
 
     def runner_of(self, section: Section, pack: Pack) -> Runner | None:
         """How the section's call is to be made; None: as ever."""
-        return None if self._auto is None else self._auto.events.runner_of(section, pack)
+        if self._auto is None:
+            return None
+        if _rests(section):
+            unseen = self._auto.events.cannot_rest
+            return functools.partial(run_at_rest, section=section, begin=self._steps.begin, unseen=unseen)
+        return self._auto.events.runner_of(section, pack)
 
     def pack_of(self, section: Section) -> Pack:
         """What packs the saves of `section`."""
@@ -200,11 +207,15 @@ class Opener:
             section.row.unseen_bytes = max(0, after - before - section.row.unique_bytes)
 
 
+def _rests(section: Section) -> bool:
+    return section.orders is not None and section.orders.resting
+
+
 _Running = tuple[
     Section,
     contextlib.AbstractContextManager[object],
     Recorder,
-    torch.autograd.graph.saved_tensors_hooks,
+    torch.autograd.graph.saved_tensors_hooks | HooksPutBy,
     int | None,
 ]
 
@@ -241,7 +252,7 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
         pack = opener.pack_of(section)
         live.runner = opener.runner_of(section, pack)
         recorder = Recorder(pack, section)
-        hooks = torch.autograd.graph.saved_tensors_hooks(recorder, unpack)
+        hooks = HooksPutBy() if _rests(section) else torch.autograd.graph.saved_tensors_hooks(recorder, unpack)
         self.running = section, around, recorder, hooks, before
         try:
             hooks.__enter__()
@@ -281,7 +292,10 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
         if self.running is None:
             return
         section, _, recorder, hooks, _ = self.running
-        pop_if_on_top(hooks)
+        if isinstance(hooks, HooksPutBy):
+            hooks.put_back()
+        else:
+            pop_if_on_top(hooks)
         leave(recorder)
         self._opener.abandon(section)
         self.running = None  # whoever keeps this object keeps nothing of the section

@@ -8,10 +8,12 @@ from .allocation import Allocation
 class Orders:
     """What a run of a section does with its saves: keeps all of them, for one reason."""
 
-    __slots__ = ("_reason",)
+    __slots__ = ("_reason", "resting")
 
     def __init__(self, reason: str) -> None:
         self._reason = reason
+        self.resting = False
+        """Whether its saves need not be seen: nothing of it leaves."""
 
     def why_kept(self, save: int, nbytes: int) -> str | None:
         """Why an allocation stays that save number `save` of the section, of so many bytes, has brought; or None."""

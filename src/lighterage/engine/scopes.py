@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 
@@ -75,6 +76,32 @@ def pop_if_on_top(hooks: torch.autograd.graph.saved_tensors_hooks) -> None:
     top = _top()
     if top is not None and top[0] is hooks.pack_hook:
         hooks.__exit__()
+
+
+class HooksPutBy(contextlib.AbstractContextManager[None]):
+    """No saved-tensor hooks inside, whatever the calling thread has pushed."""
+
+    __slots__ = ("_hooks",)
+
+    def __init__(self) -> None:
+        self._hooks: list[tuple[Any, Any]] = []
+
+    def __enter__(self) -> None:
+        while (top := _top()) is not None:
+            self._hooks.append(top)  # first, so that an interrupt between the two loses nothing
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    def __exit__(self, *_: object) -> None:
+        self.put_back()
+
+    def put_back(self) -> None:
+        """Push the hooks again that were put by. Harmless when repeated."""
+        while self._hooks:
+            pack, unpack = self._hooks[-1]
+            top = _top()
+            if top is None or top[0] is not pack:
+                torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+            self._hooks.pop()
 
 
 def _top() -> tuple[object, object] | None:

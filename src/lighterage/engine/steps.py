@@ -29,7 +29,7 @@ from .waits import Waits
 class Steps:
     """Follows the sections of each step from their first save to the end of the last one. Sections know it as owner.
 
-    `visit`, `close_section` and `close` take the offloader's lock themselves; all else is called with it held.
+    `begin`, `visit`, `close_section` and `close` take the offloader's lock themselves; all else is called with it held.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Steps:
         self._release_waits: collections.deque[Wait] = collections.deque(maxlen=1024)
         self._last_release_waits = Waits(())
         self.order = BackwardOrder()
-        self.packer = Packer(lock, policy, ledger, residents, stores, traffic, self._first_save)
+        self.packer = Packer(lock, policy, ledger, residents, stores, traffic, self.begin)
         traffic.on_wait = self._waited
 
     def _waited(self, wait: Wait) -> None:
@@ -105,7 +105,8 @@ class Steps:
             return KEEP_LAST
         return None
 
-    def _first_save(self, section: Section) -> None:
+    def begin(self, section: Section) -> None:
+        """Give the section its place in the step: it saves something, or is about to. Takes the lock."""
         with self._lock:
             if not self._live:
                 self._residents.refresh()

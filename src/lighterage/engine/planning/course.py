@@ -7,10 +7,11 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from ...planner.layout import is_saved
-from ...planner.plan import Fetch, Mode, Move, Plan
-from ...planner.timeline import Timeline
+from ...planner.plan import Fetch, Mode, Move, Plan, SectionPlan
+from ...planner.timeline import SectionRecord, Timeline
 from ..traffic import GATHER_BYTES
 from .timelines import Recipe
 
@@ -19,6 +20,14 @@ PLAN_KEEPS = "plan: it stays"
 
 # A save that is larger than in the step that was measured by more than this part is not the one that was planned for.
 TOLERANCE = 0.25
+
+
+class AtRest(NamedTuple):
+    """What a section saves of which nothing leaves, as it was measured."""
+
+    saves: int
+    kept: dict[str, int]
+    """By reason, in bytes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -33,6 +42,9 @@ class SectionCourse:
 
     again_bytes: int
     """What is there again of its saves when backward has computed it again."""
+
+    at_rest: AtRest | None
+    """What it saves where nothing of that leaves or has to be seen: see Note [Sections at rest]."""
 
 
 class Course:
@@ -51,6 +63,7 @@ class Course:
         # Sections are known by their name and by how many of that name came before.
         self.numbered: dict[tuple[str, int], SectionCourse] = {}
         back = {(fetch.section, fetch.save): phase for phase, row in enumerate(plan.fetches) for fetch in row}
+        foreign = _read_elsewhere(plan, timeline)
         self.moved_bytes = 0
         """What leaves of sections that are not computed again holds, in the step that was measured."""
         self.due: dict[int, list[tuple[int, list[int]]]] = {}
@@ -67,6 +80,7 @@ class Course:
                 again_bytes=sum(
                     a.held_bytes for a in (record.allocations if record else ()) if not is_saved(a, index, section.mode)
                 ),
+                at_rest=None if record is None or index in foreign else _at_rest(section, record, reason),
             )
             seen[section.name] += 1
             if record is not None and section.mode == "save":
@@ -80,6 +94,28 @@ class Course:
                 self.due.setdefault(due, []).append((index, saves))
         self.fetches = {number: _by_section(row) for number, row in enumerate(plan.fetches) if row}
         """By phase: of which sections which saves come back as it begins, the most urgent first."""
+
+
+def _read_elsewhere(plan: Plan, timeline: Timeline) -> set[int]:
+    """The sections whose backward reads something that leaves and was saved in another section."""
+    found: set[int] = set()
+    for index, (section, record) in enumerate(zip(plan.sections, timeline.sections, strict=False)):
+        leave = {move.save for move in section.moves}
+        for allocation in record.allocations:
+            if allocation.save in leave or section.mode != "save":
+                found.update(use.section for use in allocation.uses if use.section != index)
+    return found
+
+
+def _at_rest(section: SectionPlan, record: SectionRecord, reason: str) -> AtRest | None:
+    """What `section` saves; None where something of it leaves or is computed again."""
+    if section.mode != "save" or section.moves:
+        return None
+    kept: dict[str, int] = {}
+    for allocation in record.allocations:
+        why = allocation.kept or reason
+        kept[why] = kept.get(why, 0) + allocation.nbytes
+    return AtRest(len(record.allocations), kept)
 
 
 # Note [Small copies leave with a large one]

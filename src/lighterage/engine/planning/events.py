@@ -49,6 +49,8 @@ class Events:
         self._log: StepLog | None = None
         self._run: Run | None = None
         self._first = self._trial = False
+        self._restless: set[str] = set()
+        """Sections that returned nothing by which backward could be seen."""
 
     # --- steps ------------------------------------------------------------------------------------------------------
 
@@ -83,6 +85,8 @@ class Events:
         around: contextlib.AbstractContextManager[object] = NOTHING
         if not section.by_hand and section.keep_reason is None:
             orders = section.orders = self._orders(section)
+            if isinstance(orders, PlannedOrders):  # see Note [Sections at rest]
+                orders.resting = orders.course.at_rest is not None and self._may_rest(section, call)
             if isinstance(orders, PlannedOrders) and orders.mode != "save":
                 around = self._repeatable.check(orders, section.name, self._module_of(section.name), call)
         if log is None:
@@ -103,6 +107,16 @@ class Events:
         return self._repeatable.told(
             one, module, call, lambda: section.row.saves, with_modules=bool(self._policy.rules) and not call.compiled
         )
+
+    def _may_rest(self, section: Section, call: SectionCall | None) -> bool:
+        """Whether a section of which nothing leaves may run without hooks: see Note [Sections at rest]."""
+        if call is None or call.compiled or self._trial or not torch.is_grad_enabled():
+            return False
+        return (self._log is None or not self._log.detailed) and section.name not in self._restless
+
+    def cannot_rest(self, section: Section) -> None:
+        """A section that rests returned nothing by which backward could be seen."""
+        self._restless.add(section.name)
 
     def _orders(self, section: Section) -> Orders | None:
         run = self._run
@@ -145,8 +159,11 @@ class Events:
         if isinstance(section.log, SectionLog) and self._log is not None:
             section.log.index = section.index
             self._log.sections.append(section.log)
-        if isinstance(section.orders, PlannedOrders) and self._run is not None:
-            self._carry_out(*self._run.begins("forward", section.orders.course.index))
+        orders = section.orders
+        if isinstance(orders, PlannedOrders) and self._run is not None:
+            if orders.resting and orders.course.at_rest is not None:
+                section.row.note_at_rest(*orders.course.at_rest)
+            self._carry_out(*self._run.begins("forward", orders.course.index))
 
     def left(self, section: Section) -> None:
         """A section's forward has ended."""

@@ -18,7 +18,7 @@ class PlannedOrders(Orders):
     __slots__ = ("_moved", "_run", "_section", "_taken", "called", "course", "mode", "read_twice", "watch")
 
     def __init__(self, run: Run, course: SectionCourse, section: Section) -> None:
-        self._reason = run.course.reason
+        super().__init__(run.course.reason)
         self._run = run
         self._section = weakref.ref(section)
         self._moved = course.moved
