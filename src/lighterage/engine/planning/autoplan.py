@@ -251,27 +251,18 @@ class Autoplan:
             self.checks.read()
             self._judge()
         self._look_beside()
-        if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
-            if not all(log.readable for log in measured.timed):
-                return
-            try:
+        try:
+            if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
+                if not all(log.readable for log in measured.timed):
+                    return
                 measured.choose_trials()
-            except ValueError:  # the steps do not make up a whole one: an exception ended one's backward, say
-                self._start_over()
-                return
-            self._stage = Stage.TRIAL
-        if self._stage is Stage.PLANNING:
-            assert self._job is not None
-            if self._job.done.is_set():
-                self._adopt(self._job, measured=True)
-            return
-        if self._stage is Stage.TRIAL and measured.trials_done:
-            try:
+                self._stage = Stage.TRIAL
+            if self._stage is Stage.TRIAL and measured.trials_done:
                 self._make()
-            except ValueError:
-                self._start_over()
-                return
-            self._look()
+        except ValueError:  # the steps do not make up a whole one: an exception ended one's backward, say
+            self._start_over()
+        if self._stage is Stage.PLANNING and self._job is not None and self._job.done.is_set():
+            self._adopt(self._job, measured=True)
 
     def _start_over(self) -> None:
         """Measure from the first step on: what was seen is of no use."""
@@ -293,9 +284,7 @@ class Autoplan:
         if self._device.type == "cpu":
             try:
                 self._job.run()
-            except (
-                BaseException
-            ):  # Ctrl-C, which may be caught further out: training goes on, and its plan is still due
+            except BaseException:  # Ctrl-C, which may be caught further out: training goes on, its plan is still due
                 self._job = None
                 self._start_over()
                 raise
