@@ -14,7 +14,7 @@ from torch import nn
 
 import lighterage
 from lighterage.engine import offloader as offloader_module
-from lighterage.engine.planning import agree
+from lighterage.engine.planning import agree, making
 from lighterage.planner.plan import Plan
 from lighterage.planner.timeline import Link, Phase, SectionRecord, Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
@@ -109,12 +109,42 @@ def work_of_one_rank_alone(rank: int, num: int) -> None:
     dist.barrier()
 
 
+def work_of_a_rank_whose_planner_fails(rank: int, num: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Slow(0.0) for _ in range(3)])
+    plain = copy.deepcopy(model)
+    rows = [torch.randn(64, WIDTH)]
+
+    def steps(of: nn.Module) -> None:
+        for expected, got in zip(
+            train(plain, rows, STEPS_TO_PLAN + 3), train(of, rows, STEPS_TO_PLAN + 3), strict=True
+        ):
+            assert_equal([expected], [got])
+            for grad in got[1]:
+                dist.all_reduce(grad)  # as data parallelism does: whoever stopped would hold the others up
+
+    with lighterage.offload(model, min_bytes=64, tier="host", max_slowdown=1.0) as offloader:
+        if rank == 0:
+            failing = mock.patch.object(making, "make_plan", side_effect=MemoryError("of rank 0"))
+            with failing, pytest.warns(match="of rank 0"):
+                steps(model)
+        else:
+            steps(model)
+        assert (offloader.plan is None) == (rank == 0)
+        assert offloader.report().agreed_with == (1 if rank == 0 else num)
+    dist.barrier()
+
+
 def test_ranks_with_the_same_sections_make_the_same_plan(launch: Launch) -> None:
     launch(work_of_equal_ranks)
 
 
 def test_ranks_with_other_sections_plan_by_themselves(launch: Launch) -> None:
     launch(work_of_unequal_ranks)
+
+
+def test_a_rank_whose_planner_fails_goes_on_and_holds_nobody_up(launch: Launch) -> None:
+    launch(work_of_a_rank_whose_planner_fails)
 
 
 def test_a_rank_without_an_offloader_holds_nobody_up(launch: Launch) -> None:

@@ -22,7 +22,7 @@ from .checks import Checks
 from .clock import Gauge, clock_of
 from .course import Course
 from .events import Events
-from .making import Planning, begin
+from .making import Fault, Planning, begin
 from .measurements import Measurements
 from .pace import SETTLED, scaled
 from .room import Room
@@ -48,6 +48,8 @@ class Stage(enum.Enum):
     PLANNING = "planning"
     """The plan is being made beside the steps."""
     PLANNED = "planned"
+    UNPLANNED = "unplanned"
+    """The planner failed at the first plan. It is not asked again, and nothing is measured, until a plan is given."""
 
 
 class Autoplan:
@@ -86,6 +88,7 @@ class Autoplan:
         self._measurements = Measurements(device)
         self._stage = Stage.SIZING
         self._course: Course | None = None
+        self._fault: Fault | None = None
         self._given = False
         self._together = False
         """Whether the timeline is one that several ranks have in common."""
@@ -118,6 +121,8 @@ class Autoplan:
     @property
     def told(self) -> str:
         """The plan in a sentence, or what is still missing to make one."""
+        if self._stage is Stage.UNPLANNED and self._fault is not None:
+            return f"none: {self._fault.told(self._policy)}"
         if self._course is None:
             return f"none yet; the steps are measured ({self._stage.value})"
         why = self._course.plan.why or "as it was given"
@@ -176,6 +181,9 @@ class Autoplan:
             timed = self.checks.is_due(number) or self._calibration.is_due(number, self.checks)
             log = self._new_log(detailed=self._gauge.now() is None) if timed else None
             self.events.step_begins(log, Run(self._course))
+        elif self._stage is Stage.UNPLANNED:
+            assert self._fault is not None
+            self.events.step_begins(None, Run(self._fault.course), trial=True)
         elif self._stage is Stage.TRIAL:
             if self._measurements.trial is None:
                 assert self._measurements.trial_course is not None
@@ -251,27 +259,18 @@ class Autoplan:
             self.checks.read()
             self._judge()
         self._look_beside()
-        if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
-            if not all(log.readable for log in measured.timed):
-                return
-            try:
+        try:
+            if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
+                if not all(log.readable for log in measured.timed):
+                    return
                 measured.choose_trials()
-            except ValueError:  # the steps do not make up a whole one: an exception ended one's backward, say
-                self._start_over()
-                return
-            self._stage = Stage.TRIAL
-        if self._stage is Stage.PLANNING:
-            assert self._job is not None
-            if self._job.done.is_set():
-                self._adopt(self._job, measured=True)
-            return
-        if self._stage is Stage.TRIAL and measured.trials_done:
-            try:
+                self._stage = Stage.TRIAL
+            if self._stage is Stage.TRIAL and measured.trials_done:
                 self._make()
-            except ValueError:
-                self._start_over()
-                return
-            self._look()
+        except ValueError:  # the steps do not make up a whole one: an exception ended one's backward, say
+            self._start_over()
+        if self._stage is Stage.PLANNING and self._job is not None and self._job.done.is_set():
+            self._adopt(self._job, measured=True)
 
     def _start_over(self) -> None:
         """Measure from the first step on: what was seen is of no use."""
@@ -293,9 +292,7 @@ class Autoplan:
         if self._device.type == "cpu":
             try:
                 self._job.run()
-            except (
-                BaseException
-            ):  # Ctrl-C, which may be caught further out: training goes on, and its plan is still due
+            except BaseException:  # Ctrl-C, which may be caught further out: training goes on, its plan is still due
                 self._job = None
                 self._start_over()
                 raise
@@ -313,6 +310,10 @@ class Autoplan:
             self._stage, self._steps, self._job = Stage.PLANNED, 0, None
             return
         self.timeline = job.timeline
+        if job.fault is not None:
+            self._stage, self._job, self._fault = Stage.UNPLANNED, None, job.fault
+            job.fault.warn(self._policy)  # last: where warnings are errors it ends this step, and no other
+            return
         if job.error is not None:
             raise job.error.with_traceback(None)
         self._job = None

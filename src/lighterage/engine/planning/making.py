@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import sys
 import threading
 import time
+import traceback
+import warnings
 from collections.abc import Iterator
 
 from ... import background
+from ...errors import BudgetError
+from ...planner.choose import nothing
 from ...planner.choose import plan as make_plan
-from ...planner.goal import Goal
+from ...planner.goal import Goal, choices
 from ...planner.plan import Plan
 from ...planner.prediction import Prediction
 from ...planner.simulate import simulate
 from ...planner.timeline import Link, Timeline
 from ..policy import DEFAULT_SLOWDOWN, Policy
 from .agree import agreed
+from .course import Course
 
 # Plans are made for a link that is slower than measured: what comes late costs more than room to spare. Steps under
 # plans for a link 7 % slower waited for next to nothing, and left some of the link unused.
@@ -39,6 +45,46 @@ def goal_of(policy: Policy, spare_bytes: int = 0) -> Goal:
     )
 
 
+class Fault:
+    """An error that is the planner's own, and what steps do without its plan.
+
+    They go on as those did that were measured, under a budget too: those have kept to it as far as that is done without
+    a plan, and an error would end the training and keep to none.
+    """
+
+    def __init__(self, error: Exception, timeline: Timeline) -> None:
+        """`timeline`: what was to be planned. Of `error` text is kept alone: a traceback holds what its frames hold."""
+        self._timeline = timeline
+        self._error = traceback.format_exception_only(error)[0].partition("\n")[0]
+        try:
+            self._traceback = "".join(traceback.format_exception(error)).rstrip()
+        except MemoryError:  # as `error` may be one: training does not end for want of a traceback
+            self._traceback = self._error
+
+    @functools.cached_property
+    def course(self) -> Course:
+        """All stays. It is carried out as trials are, in which sections move that find no room."""
+        return Course(nothing(self._timeline), self._timeline, {}, reason="no plan could be made")
+
+    def told(self, policy: Policy) -> str:
+        """What failed, what becomes of what sections save, and what to do about it."""
+        told = f"the planner failed ({self._error}), and steps go on without a plan. "
+        if policy.device_budget is None:
+            told += "What sections save stays on the device; where that is almost full, sections move whole. "
+        else:
+            told += (
+                f"Sections move whole where the device has no room for them within "
+                f"device_budget={policy.device_budget!r} (on a CPU all do), and nothing else keeps to it. "
+            )
+        told += "No rule is followed, and nothing is computed again. "
+        return f"{told}Name keep_last, release_after or prefetch_ahead to say by hand what moves, and report the error."
+
+    def warn(self, policy: Policy) -> None:
+        """Warn of it, with its traceback."""
+        data = "What it was to plan is offloader.timeline.to_json()."
+        warnings.warn(f"{self.told(policy)} {data}\n\n{self._traceback}", stacklevel=2)
+
+
 class Planning:
     """One plan in the making."""
 
@@ -52,6 +98,8 @@ class Planning:
         self.plan: Plan | None = None
         self.prediction: Prediction | None = None
         self.error: Exception | None = None
+        self.fault: Fault | None = None
+        """Tells of `error` where that is a fault of the planner's, and no refusal of what it was asked for."""
         self.ms = 0.0
         self.num_ranks = 1
 
@@ -71,10 +119,22 @@ class Planning:
                 self.prediction = simulate(self.timeline, self.plan, self._link)
             self.ms = (time.perf_counter() - start) * 1e3
         except Exception as error:  # it belongs to whoever begins the next step
+            if not self._refuses(error):
+                self.fault = Fault(error, self.timeline)
             # Its traceback would hold the frames below this one, and with them a step that could then never end.
             self.error = error.with_traceback(None)
             self.error.__context__ = None
         self.done.set()
+
+    def _refuses(self, error: Exception) -> bool:
+        """Whether `error` says that the budget or the rules cannot be kept to."""
+        if not isinstance(error, ValueError):
+            return isinstance(error, BudgetError)
+        try:
+            choices(self.timeline, self._goal)  # rules are refused there, and as often as it is asked
+        except Exception as again:
+            return isinstance(again, ValueError)
+        return False
 
 
 class Foreseeing:
