@@ -48,6 +48,7 @@ class Row:
 
     __slots__ = (
         "alive",
+        "at_rest",
         "bytes_in",
         "bytes_out",
         "copies_in",
@@ -81,9 +82,12 @@ class Row:
         self.late_reloads = 0
         self.late_ms = 0.0
         self.unseen_bytes: int | None = None
+        self.at_rest = False
+        """Whether it ran without hooks, so that what it saved was not seen."""
 
     def note_at_rest(self, saves: int, kept: dict[str, int]) -> None:
         """Nothing of it leaves, and its saves are not seen: they are what they were when it was measured."""
+        self.at_rest = True
         self.saves = saves
         self.kept = dict(kept)
         self.saved_bytes = self.unique_bytes = sum(kept.values())

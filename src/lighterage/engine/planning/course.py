@@ -50,7 +50,16 @@ class SectionCourse:
 class Course:
     """A plan over the phases of the timeline that it was made for."""
 
-    def __init__(self, plan: Plan, timeline: Timeline, recipes: dict[int, Recipe], *, reason: str = PLAN_KEEPS) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        timeline: Timeline,
+        recipes: dict[int, Recipe],
+        *,
+        reason: str = PLAN_KEEPS,
+        may_rest: frozenset[int] | None = None,
+    ) -> None:
+        """`may_rest`: the only sections that rest where they can; None: all."""
         self.reason = reason
         """Why what it does not move stays."""
         self.plan = plan
@@ -80,7 +89,9 @@ class Course:
                 again_bytes=sum(
                     a.held_bytes for a in (record.allocations if record else ()) if not is_saved(a, index, section.mode)
                 ),
-                at_rest=None if record is None or index in foreign else _at_rest(section, record, reason),
+                at_rest=_at_rest(section, record, reason)
+                if record is not None and index not in foreign and (may_rest is None or index in may_rest)
+                else None,
             )
             seen[section.name] += 1
             if record is not None and section.mode == "save":

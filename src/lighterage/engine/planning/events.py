@@ -110,7 +110,7 @@ class Events:
 
     def _may_rest(self, section: Section, call: SectionCall | None) -> bool:
         """Whether a section of which nothing leaves may run without hooks: see Note [Sections at rest]."""
-        if call is None or call.compiled or self._trial or not torch.is_grad_enabled():
+        if call is None or call.compiled or not torch.is_grad_enabled():
             return False
         return (self._log is None or not self._log.detailed) and section.name not in self._restless
 
@@ -126,8 +126,11 @@ class Events:
         if orders is None:
             stays = self._room.for_one_more(self._log)
             return Orders("its step is not the one that was planned for") if stays else None
-        if self._trial and orders.mode == "save" and not self._room.for_one_more(self._log):
-            return None
+        if self._trial and orders.mode == "save":
+            # Little room is for those that are tried.
+            moves = orders.course.at_rest is None and self._room.is_limited
+            if moves or not self._room.for_one_more(self._log):
+                return None
         return orders
 
     def pack_of(self, section: Section, pack: Pack) -> Pack:

@@ -14,7 +14,17 @@ from .section_log import MEASURED
 from .step_log import StepLog
 from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
 
+# Note [What hooks cost]
+# Where the host is what a step waits for, steps that are measured take longer than any other: every save of theirs is
+# recorded, and under a budget all of it moves. Phases were seen to take 1.4 times what they take without, and a plan
+# made for such times computes too little again, for which there would be time enough, and moves too much, which is what
+# costs the host. So in the trial some sections rest: they are called as without an offloader. What their phases take
+# less than in the steps that were measured is taken off those of their kind; not where that is little, which is noise.
+
 TRIALS_OF_A_KIND = 3
+BARE_OF_A_KIND = 2
+_INFLATED = 0.9
+"""Phases that take more than this part of their time without hooks are left as they were measured."""
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that selective recomputation is taken to cost."""
 
@@ -27,6 +37,8 @@ class Measurements:
         self._first: StepLog | None = None
         self._known: dict[int, Recipe] = {}
         self._trial_kinds: dict[int, object] = {}
+        self._bare: list[int] = []
+        self._alike: dict[int, object] = {}
         self.timed: list[StepLog] = []
         self.trial: StepLog | None = None
         self.trial_course: Course | None = None
@@ -62,18 +74,40 @@ class Measurements:
         self._trial_kinds = {
             index: kind for kind, indices in by_kind.items() for index in _spread(indices, TRIALS_OF_A_KIND)
         }
-        timeline = self._read({})
+        self._choose_bare()
+        timeline = self._read({}, {})
         sections = tuple(
             SectionPlan(name=record.name, mode="selective" if index in self._trial_kinds else "save")
             for index, record in enumerate(timeline.sections)
         )
         nothing = Plan(sections=sections, fetches=((),) * len(timeline.phases))
-        self.trial_course = Course(nothing, timeline, self.recipes(), reason=MEASURED)
+        self.trial_course = Course(nothing, timeline, self.recipes(), reason=MEASURED, may_rest=frozenset(self._bare))
+
+    @property
+    def tries_bare(self) -> bool:
+        """Whether it is tried what sections take without hooks. The steps of a CPU are the host's in any case."""
+        return self._device.type != "cpu"
+
+    def _choose_bare(self) -> None:
+        """Decide which sections rest in the trial: see Note [What hooks cost]."""
+        assert self._first is not None
+        kinds = {s.index: s.kind for s in self._first.sections if s.index is not None and not s.gap}
+        # Moving costs more than keeping.
+        self._alike = {
+            s.index: (kinds[s.index], s.row.bytes_out > 0) for s in self.timed[-1].sections if s.index in kinds
+        }
+        self._bare = []
+        if self.tries_bare:
+            by_kind: dict[object, list[int]] = {}
+            for index, alike in self._alike.items():
+                if index not in self._trial_kinds and index != max(self._alike):
+                    by_kind.setdefault(alike, []).append(index)
+            self._bare = [index for indices in by_kind.values() for index in _spread(indices, BARE_OF_A_KIND)]
 
     @property
     def trials_done(self) -> bool:
         """Whether there is nothing to try, or what was tried can be read. Never blocks."""
-        return not self._trial_kinds or (self.trial is not None and self.trial.readable)
+        return not (self._trial_kinds or self._bare) or (self.trial is not None and self.trial.readable)
 
     def timeline(self) -> Timeline:
         """The timeline of the step.
@@ -81,25 +115,48 @@ class Measurements:
         Raises:
             ValueError: the logs do not make up a whole step.
         """
-        return self._read(self._selective_ms())
+        parts = self._parts_without_hooks()
+        return self._read(self._selective_ms(parts), parts)
 
-    def _read(self, selective: dict[object, float]) -> Timeline:
+    def _read(self, selective: dict[object, float], parts: dict[tuple[str, int], float]) -> Timeline:
         assert self._first is not None
-        return read_timeline(self.timed, self._first, device=_name(self._device), selective=selective)
+        return read_timeline(self.timed, self._first, device=_name(self._device), selective=selective, parts=parts)
 
-    def _selective_ms(self) -> dict[object, float]:
+    def _parts_without_hooks(self) -> dict[tuple[str, int], float]:
+        """Of phases, by direction and section, the part of their time that they take without hooks."""
+        if self.trial is None or not self.timed:
+            return {}
+        all_usual = [phase_ms(log) for log in self.timed]
+        tried = phase_ms(self.trial)
+        rested = {s.index for s in self.trial.sections if s.row.at_rest}
+        found: dict[tuple[str, object], list[float]] = collections.defaultdict(list)
+        for direction in ("forward", "backward"):
+            for index in self._bare:
+                usual = min((ms.get((direction, index), 0.0) for ms in all_usual), default=0.0)
+                if index in rested and usual > 0 and (direction, index) in tried:
+                    found[direction, self._alike[index]].append(tried[direction, index] / usual)
+        parts = {key: statistics.median(all_parts) for key, all_parts in found.items()}
+        return {
+            (direction, index): parts[direction, alike]
+            for direction in ("forward", "backward")
+            for index, alike in self._alike.items()
+            if parts.get((direction, alike), 1.0) < _INFLATED
+        }
+
+    def _selective_ms(self, parts: dict[tuple[str, int], float]) -> dict[object, float]:
         if self.trial is None or not self.timed:
             return {}
         all_usual = [phase_ms(log) for log in self.timed]
         tried = phase_ms(self.trial)
         found: dict[object, list[float]] = collections.defaultdict(list)
         for index, kind in self._trial_kinds.items():
-            usual = [ms["backward", index] for ms in all_usual if ("backward", index) in ms]
-            forward = [ms["forward", index] for ms in all_usual if ("forward", index) in ms]
+            part = parts.get(("backward", index), 1.0)
+            usual = [part * ms["backward", index] for ms in all_usual if ("backward", index) in ms]
+            least = _LEAST_AGAIN * parts.get(("forward", index), 1.0)
+            forward = [least * ms["forward", index] for ms in all_usual if ("forward", index) in ms]
             if usual and forward and ("backward", index) in tried:
                 # It takes some time, whatever the noise says.
-                least = _LEAST_AGAIN * min(forward)
-                found[kind].append(max(least, tried["backward", index] - min(usual)))
+                found[kind].append(max(min(forward), tried["backward", index] - min(usual)))
         return {kind: statistics.median(times) for kind, times in found.items()}
 
     def recipes(self) -> dict[int, Recipe]:

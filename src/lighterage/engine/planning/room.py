@@ -22,6 +22,11 @@ class Room:
         for section in log.sections:
             self._most_bytes = max(self._most_bytes, sum(save.held_bytes for save in section.saves))
 
+    @property
+    def is_limited(self) -> bool:
+        """Whether steps must not take all that the device has."""
+        return self.limit is not None or self._policy.device_budget_bytes is not None
+
     def for_one_more(self, log: StepLog | None) -> bool:
         """Whether one more section may keep what it saves. `log` tells what is alive where no allocator can."""
         need = 2 * self._most_bytes

@@ -56,13 +56,21 @@ def _near(a: int, b: int) -> bool:
     return abs(a - b) <= 0.25 * max(a, b)
 
 
-def read_timeline(logs: list[StepLog], first: StepLog, *, device: str, selective: dict[object, float]) -> Timeline:
+def read_timeline(
+    logs: list[StepLog],
+    first: StepLog,
+    *,
+    device: str,
+    selective: dict[object, float],
+    parts: dict[tuple[str, int], float],
+) -> Timeline:
     """The timeline of a step that was measured `len(logs)` times; the shortest counts.
 
     Args:
         logs: detailed and readable, at least one.
         first: the log in which products were told, for what can be computed again.
         selective: milliseconds of a selective recomputation, by the kind of section.
+        parts: of phases that take less where nothing is recorded and nothing moves, the part that they take then.
     """
     all_stretches = [_stretches(log) for log in logs]
     fastest = min(range(len(logs)), key=lambda i: sum(s.ms for s in all_stretches[i]))
@@ -73,6 +81,8 @@ def read_timeline(logs: list[StepLog], first: StepLog, *, device: str, selective
         for mine, their in zip(stretches, theirs, strict=True):
             mine.ms = min(mine.ms, their.ms)
             mine.work_bytes = max(mine.work_bytes, their.work_bytes)
+    for mine in stretches:
+        mine.ms *= 1.0 if mine.section is None else parts.get((mine.direction, mine.section), 1.0)
     stretches = _without_moments(stretches)
     peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
     told = {(s.index, s.name): s for s in first.sections}
