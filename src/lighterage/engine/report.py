@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 from ..planner.plan import SectionPlan
-from ..planner.timeline import Link
 from .backward_order import BackwardOrder
 from .ledger import Ledger, OffloadStats, Row
 from .planning import Autoplan
@@ -133,19 +132,13 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         else [(p.direction, p.section, p.end_ms - p.start_ms) for p in prediction.phases],
         "measured_phases_ms": list(auto.checks.measured_phases_ms),
         "planning_ms": auto.planning_ms,
-        "link": None if auto.link is None else _link_text(auto.link),
+        "link": auto.link_text,
         "times_scaled": auto.pace.since_measured,
         "plans_remade": auto.pace.num_remade,
         "plan_settled": auto.is_settled,
         "drifts": auto.num_drifts,
         "agreed_with": auto.agreed_with,
     }
-
-
-def _link_text(link: Link) -> str:
-    rates = (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s)
-    out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
-    return f"{link.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
 
 
 def _add_up(name: str, rows: list[Row], planned: SectionPlan | None) -> SectionReport:

@@ -92,8 +92,7 @@ class Autoplan:
         self._given = False
         self._together = False
         """Whether the timeline is one that several ranks have in common."""
-        self.link: Link | None = None
-        """What the copies go over, as it was measured."""
+        self._link: Link | None = None
         self._job: Planning | None = None
         self._restarts = 0
         self._steps = 0
@@ -126,7 +125,7 @@ class Autoplan:
             return f"none: {self._fault.told(self._policy)}"
         if self._course is None:
             return f"none yet; the steps are measured ({self._stage.value})"
-        why = (self._course.plan.why or "as it was given") + self._calibration.price.told
+        why = self._course.plan.why or "as it was given"
         budget, peak_bytes = self._policy.device_budget_bytes, self.checks.measured_peak_bytes
         if budget is not None and peak_bytes is not None and peak_bytes > budget:
             why += (
@@ -134,6 +133,16 @@ class Autoplan:
                 f"{format_bytes(budget)}; no plan for less was found. Raise the budget, or take smaller batches."
             )
         return why
+
+    @property
+    def link_text(self) -> str | None:
+        """The link, for people."""
+        link = self._link
+        if link is None:
+            return None
+        rates = (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s)
+        out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
+        return f"{link.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
 
     def use(self, plan: Plan, timeline: Timeline) -> None:
         """Carry `plan` out from the next step on, and measure nothing more."""
@@ -161,8 +170,8 @@ class Autoplan:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self._tell_of_capture()
             return  # what is captured does not run, so that it takes no time: it is none of the steps
-        if self.link is None and not self._given and self._device.type != "cpu":
-            self.link = self._measure_link()  # the first step is slow anyway
+        if self._link is None and not self._given and self._device.type != "cpu":
+            self._link = self._measure_link()  # the first step is slow anyway
         self._look()
         self._unready_before = self._unready()
         if self._stage is Stage.PLANNED:
@@ -274,10 +283,10 @@ class Autoplan:
     def _make(self) -> None:
         """Begin to make a plan: at once on the CPU, whose steps are the host's; beside the steps elsewhere."""
         self._measurements.recipes()
-        if self.link is None:
-            self.link = self._measure_link()
+        if self._link is None:
+            self._link = self._measure_link()
         timeline = self._measurements.timeline()
-        self._job = Planning(timeline, self.link, self._budget.goal, agree=self._num_plans == 0)
+        self._job = Planning(timeline, self._link, self._budget.goal, agree=self._num_plans == 0)
         self._stage = Stage.PLANNING
         self._measurements.clear()
         if self._device.type == "cpu":
@@ -327,7 +336,7 @@ class Autoplan:
         """
         peak_bytes = self.checks.measured_peak_bytes
         assert peak_bytes is not None
-        timeline, link, prediction = self.timeline, self.link, self.prediction
+        timeline, link, prediction = self.timeline, self._link, self.prediction
         factor = self._calibration.factor(self.checks, prediction)
         if not self._given and timeline is not None and link is not None and self._budget.broken_by(peak_bytes):
             by = 1.0 if factor is None or self._together else self.pace.within(factor)
@@ -338,12 +347,9 @@ class Autoplan:
                 return
         elif prediction is not None and self.checks.are_slow(self.pace.as_measured(prediction.step_ms)):
             if self._measure_again():
-                self.link = None  # it may be that which has changed
+                self._link = None  # it may be that which has changed
             return
         if factor is not None and self._stage is Stage.PLANNED and self._course is not None:
-            asked, by = self._budget.goal.max_slowdown, self.pace.since_measured
-            if self._plans_alone and asked is not None and timeline is not None and prediction is not None:
-                self._calibration.price.see(asked, self.checks, self._course, timeline, prediction, by, self._steps)
             self._calibration.see(factor, self._course.plan, self._steps)
 
     def _look_beside(self) -> None:
@@ -356,32 +362,26 @@ class Autoplan:
         job = self._calibration.remade()
         if job is not None:
             self._adopt(job, measured=False)
-        elif self._may_remake:
+        elif self._may_remake and self.pace.asks_for_a_plan(self._steps):
             assert self.timeline is not None
-            assert self.link is not None
-            self._calibration.remake_if_asked(self.timeline, self.link, self._budget.goal, self._steps)
+            assert self._link is not None
+            self._calibration.remake(Planning(self.timeline, self._link, self._budget.goal, agree=False))
 
     @property
-    def _plans_alone(self) -> bool:
-        """Whether another plan may be made beside the steps, of the timeline at their pace.
+    def _may_remake(self) -> bool:
+        """Whether another plan may be made beside the steps now, of the timeline at their pace.
 
         A CPU's steps would wait for it. Ranks that planned together have one timeline, and each a pace of its own: they
         must not plan apart, for each waits for the slowest in its collectives.
         """
-        return not (self._device.type == "cpu" or self._together or self.link is None) and self._calibration.follows
-
-    @property
-    def _may_remake(self) -> bool:
-        """The same, now."""
-        busy = self.checks.pending or self._calibration.in_the_making or self.pace.doubts
-        return self._plans_alone and not busy
+        if self._device.type == "cpu" or self._together or self._link is None or self.checks.pending:
+            return False
+        return self._calibration.follows and not self._calibration.in_the_making and not self.pace.doubts
 
     @property
     def is_settled(self) -> bool:
         """Whether the plan is carried out, its steps were timed, and nothing that would change it is in the making."""
         if self._stage is not Stage.PLANNED or self.checks.pending or self._calibration.in_the_making:
-            return False
-        if self._calibration.price.asks:
             return False
         return self._given or (self._steps > SETTLED and not self._calibration.is_due(self._steps + 1, self.checks))
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from ...planner.goal import Goal
 from ...planner.plan import Plan
 from ...planner.prediction import Prediction
 from ...planner.timeline import Link, Timeline
 from .checks import Checks
 from .making import Foreseeing, Planning, begin
 from .pace import SETTLED, TRIES, Pace, foreseen_compute_ms, scaled
-from .price import Price
 
 
 class Calibration:
@@ -23,7 +21,6 @@ class Calibration:
         """`beside`: whether there is a device that goes on with its steps meanwhile."""
         self._beside = beside
         self.pace = Pace()
-        self.price = Price()
         self._made_of: Timeline | None = None
         """What the plan in force was made of; None: its steps are not compared with anything."""
         self._made_for: Link | None = None
@@ -40,11 +37,8 @@ class Calibration:
         self._made_of, self._made_for = job.timeline, job.link
         if measured:
             self.pace.measured()
-            self.price.clear()
         else:
             self.pace.planned()
-            self.pace.since_measured *= job.paced
-            self.price.new_plan()
 
     def stop(self) -> None:
         """Compare nothing until the next plan, and forget what is in the making."""
@@ -64,15 +58,13 @@ class Calibration:
         """Whether step `number` of the plan, counted from 1, is to be timed for its pace."""
         if self._made_of is None or checks.pending:
             return False
-        doubts = self.pace.doubts or self.price.doubts
-        return doubts or (not self._compared and SETTLED <= number < SETTLED + TRIES)
+        return self.pace.doubts or (not self._compared and SETTLED <= number < SETTLED + TRIES)
 
     def factor(self, checks: Checks, prediction: Prediction | None) -> float | None:
         """How much longer than foreseen the step computed that was just read; None where they cannot be compared."""
         factor = self._factor(checks, prediction)
         if factor is None:
             self.pace.passed_over()
-            self.price.passed_over()
         return factor
 
     def _factor(self, checks: Checks, prediction: Prediction | None) -> float | None:
@@ -116,18 +108,8 @@ class Calibration:
         self.pace.scale(factor)
         return job.timeline, job.prediction
 
-    def remake_if_asked(self, timeline: Timeline, link: Link, goal: Goal, num_steps: int) -> None:
-        """Have a plan made of the scaled `timeline`, or of what counts its moves, where the one in force is off."""
-        paced = 1.0
-        if self.price.asks:
-            timeline, by = self.price.take()
-            paced = by / self.pace.since_measured
-        elif not self.pace.asks_for_a_plan(num_steps):
-            return
-        self.remake(Planning(timeline, self.price.link(link), goal, agree=False, paced=paced))
-
     def remake(self, job: Planning) -> None:
-        """Have `job`'s plan made; the one in force is carried out meanwhile."""
+        """Have a plan made of the scaled timeline; the one in force is carried out meanwhile."""
         self.pace.num_tried += 1
         self._remaking = job
         begin(job)

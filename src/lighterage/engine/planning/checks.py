@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .pace import TRIES, compute_ms
 from .step_log import StepLog
-from .timelines import phase_ms
 
 # A planned step is timed again so early, and then every so many steps.
 FIRST_CHECK, CHECK_EVERY = 2, 50
@@ -26,15 +25,13 @@ class Checks:
         self.measured_peak_bytes: int | None = None
         self.measured_phases_ms: list[tuple[str, int | None, float]] = []
         """Direction, section and milliseconds of its phases, waits among them."""
-        self.compute_phases_ms: dict[tuple[str, int], float] = {}
-        """The same without waits, by direction and section."""
 
     def new_plan(self) -> None:
         """Forget what was seen under another plan."""
         self._slow = self._passed_over = 0
         self._log = None
         self.measured_ms = self.compute_ms = self.measured_peak_bytes = None
-        self.measured_phases_ms, self.compute_phases_ms = [], {}
+        self.measured_phases_ms = []
 
     def is_due(self, number: int) -> bool:
         """Whether step `number` of the plan, counted from 1, is to be timed."""
@@ -74,7 +71,6 @@ class Checks:
         self.compute_ms = compute_ms(log) if self._fits else None
         peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
         self.measured_peak_bytes = max(peaks) if peaks else max((b.live_bytes for b in log.boundaries), default=0)
-        self.compute_phases_ms = phase_ms(log)
         self.measured_phases_ms = [
             (b.direction, None if b.section is None else b.section.index, log.clock.ms(b.at, after.at))
             for b, after in zip(log.boundaries, log.boundaries[1:], strict=False)

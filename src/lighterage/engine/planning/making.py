@@ -88,18 +88,12 @@ class Fault:
 class Planning:
     """One plan in the making."""
 
-    def __init__(self, timeline: Timeline, link: Link, goal: Goal, *, agree: bool, paced: float = 1.0) -> None:
-        """Begin nothing yet.
-
-        Args:
-            agree: whether the ranks of the job plan together.
-            paced: by what the times of `timeline` are scaled beside those of the plan in force.
-        """
+    def __init__(self, timeline: Timeline, link: Link, goal: Goal, *, agree: bool) -> None:
+        """`agree`: whether the ranks of the job plan together."""
         self.timeline = timeline
         self._link = _cautious(link)
         self._goal = goal
         self._agree = agree
-        self.paced = paced
         self.done = threading.Event()
         self.plan: Plan | None = None
         self.prediction: Prediction | None = None
