@@ -56,6 +56,21 @@ class _InterruptAt:
         return self._count
 
 
+def _interrupted(model: nn.Module, at: int) -> tuple[str, bool]:
+    """Where a step of `model` was interrupted, which is nowhere if it is shorter; and whether it raised."""
+    interrupt = _InterruptAt(at)
+    before = sys.gettrace()
+    sys.settrace(interrupt)
+    try:
+        train(batch(2))(model)
+    except KeyboardInterrupt as caught:
+        caught.__traceback__ = None
+        return interrupt.where, True
+    finally:
+        sys.settrace(before)
+    return interrupt.where, False
+
+
 @pytest.mark.parametrize("whole", [False, True], ids=["layers", "whole model"])
 def test_wherever_an_interrupt_comes_no_hook_is_left_and_the_next_steps_are_right_and_end(whole: bool) -> None:
     torch.manual_seed(0)
@@ -65,24 +80,16 @@ def test_wherever_an_interrupt_comes_no_hook_is_left_and_the_next_steps_are_righ
     while True:
         with offloaded(model if whole else model.layers) as offloader:
             train(batch(2))(model)
-            interrupt = _InterruptAt(at)
-            before = sys.gettrace()
-            sys.settrace(interrupt)
-            try:
-                train(batch(2))(model)
-            except KeyboardInterrupt as caught:
-                caught.__traceback__ = None
-                interrupted += 1
-            finally:
-                sys.settrace(before)
-            if not interrupt.where:
+            where, raised = _interrupted(model, at)
+            interrupted += raised
+            if not where:
                 break
-            assert no_hook_is_pushed(), interrupt.where
+            assert no_hook_is_pushed(), where
             saved = offloader.stats(total=True).saved_bytes
             model.zero_grad()
-            assert [bits(v) for v in train(batch(1))(model)] + grads_of(model) == expected, interrupt.where
-            assert offloader.stats(total=True).saved_bytes > saved, f"the step did not end: {interrupt.where}"
-        assert offloader.stats().host_bytes_reserved == 0, interrupt.where
+            assert [bits(v) for v in train(batch(1))(model)] + grads_of(model) == expected, where
+            assert offloader.stats(total=True).saved_bytes > saved, f"the step did not end: {where}"
+        assert offloader.stats().host_bytes_reserved == 0, where
         at += 3
     assert interrupted > 50
 
@@ -105,23 +112,15 @@ def test_wherever_an_interrupt_comes_under_a_plan_the_hooks_that_sections_at_res
     while True:
         with lighterage.offload(model, min_bytes=64, tier="host") as offloader:
             offloader.use_plan(plan, timeline)
-            interrupt = _InterruptAt(at)
-            before = sys.gettrace()
-            sys.settrace(interrupt)
-            try:
-                train(batch(2))(model)
-            except KeyboardInterrupt as caught:
-                caught.__traceback__ = None
-                interrupted += 1
-            finally:
-                sys.settrace(before)
-            if not interrupt.where:
+            where, raised = _interrupted(model, at)
+            interrupted += raised
+            if not where:
                 break
-            assert no_hook_is_pushed(), interrupt.where
+            assert no_hook_is_pushed(), where
             model.zero_grad()
-            assert [bits(v) for v in train(batch(1))(model)] + grads_of(model) == expected, interrupt.where
-            assert no_hook_is_pushed() and offloader.stats().host_bytes_in_use == 0, interrupt.where
-        assert offloader.stats().host_bytes_reserved == 0, interrupt.where
+            assert [bits(v) for v in train(batch(1))(model)] + grads_of(model) == expected, where
+            assert no_hook_is_pushed() and offloader.stats().host_bytes_in_use == 0, where
+        assert offloader.stats().host_bytes_reserved == 0, where
         at += 2
     assert interrupted > 50
 
