@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import lighterage
+from lighterage.engine import resting
 from lighterage.engine.packing import Packer
 from lighterage.engine.sections import Section
 from lighterage.engine.traffic import Traffic
@@ -304,3 +306,190 @@ def test_an_offloader_that_found_nothing_to_gain_leaves_all_sections_at_rest(mon
         seen = Seen(monkeypatch)
         assert_equal(steps(plain, 2), steps(model, 2))
         assert not seen.names
+
+
+# --- odd modules --------------------------------------------------------------------------------------------------
+
+
+class Odd(nn.Module):
+    """A layer that ends in `end`, and gives `pick` of what that returns to the next one."""
+
+    def __init__(self, end: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, WIDTH)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Any:
+        return self.end(self.up(x).sin())
+
+
+class OddModel(nn.Module):
+    def __init__(self, end: Callable[[Tensor], Any], pick: Callable[[Any], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Odd(end) for _ in range(LAYERS))
+        self.pick = pick
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.pick(layer(x))
+        return x
+
+
+def stale_view(y: Tensor) -> Any:
+    with torch.no_grad():
+        view = y.view(-1)
+    return y.mul_(1.5), view
+
+
+def endless(y: Tensor) -> Any:
+    inside: dict[str, Any] = {"y": y}
+    inside["itself"] = inside
+    return inside
+
+
+def written_to(y: Tensor) -> Tensor:
+    y += 1
+    return y.reshape(16, WIDTH)
+
+
+@pytest.mark.parametrize(
+    ("end", "pick"),
+    [
+        (stale_view, lambda out: out[0]),
+        (endless, lambda out: out["y"]),
+        (lambda y: y.view(8, 2, WIDTH), written_to),
+        (lambda y: {"y": y, "twice": [y, None, 3]}, lambda out: out["y"]),
+    ],
+    ids=["a view that has no node", "what contains itself", "a view that is written to", "containers"],
+)
+def test_what_a_section_at_rest_returns_may_be_odd(
+    end: Callable[[Tensor], Any], pick: Callable[[Any], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = pair(lambda: OddModel(end, pick))
+    timeline = timeline_of(model)
+    with under(model, model.layers, moves_of(timeline, {1}), timeline) as offloader:
+        seen: list[str] = []
+        visit = Section.visit
+
+        def visited(section: Section, *asked: Any) -> None:
+            seen.append(section.name)
+            visit(section, *asked)
+
+        monkeypatch.setattr(Section, "visit", visited)
+        assert_equal(steps(plain, 2), steps(model, 2))
+        report = offloader.report()
+        assert report.drifts == 0 and offloader.stats().host_bytes_in_use == 0
+    assert seen == [f"Odd.{index}" for _ in range(2) for index in reversed(range(LAYERS))]
+
+
+def test_an_error_that_is_kept_keeps_no_step_from_ending() -> None:
+    model, _ = pair()
+    timeline = timeline_of(model)
+    kept: list[BaseException] = []
+    with under(model, model.layers, moves_of(timeline, set()), timeline) as offloader:
+        try:
+            model.layers[0](torch.randn(4, WIDTH + 1))
+        except RuntimeError as error:
+            kept.append(error)
+        before = offloader.report().steps
+        steps(model, 4)
+        assert offloader.report().steps >= before + 3
+    assert offloader.stats().host_bytes_reserved == 0
+    kept.clear()
+
+
+def test_a_forward_in_which_nothing_needs_a_gradient_is_none_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = pair()
+    timeline = timeline_of(model)
+    with under(model, model.layers, moves_of(timeline, {0}), timeline) as offloader:
+        before = offloader.report().steps
+        for one in (model, plain):
+            one.requires_grad_(False)
+            one(batch(3))
+            one.requires_grad_(True)
+        assert_equal(steps(plain, 3), steps(model, 3))
+        assert offloader.report().steps == before + 3 and offloader.report().drifts == 0
+        seen = Seen(monkeypatch)
+        assert_equal(steps(plain), steps(model))
+        assert set(seen.names) == {"Layer.0"}
+
+
+class Outer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.post = nn.Linear(WIDTH, WIDTH)
+        self.inner = Layer()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.inner(self.post(x).sin())
+
+
+def test_sections_inside_of_others_are_visited_as_they_were_measured() -> None:
+    model, plain = pair(lambda: Model(Outer))
+    with lighterage.offload(
+        [part for layer in model.layers for part in (layer.inner, layer)],
+        device_budget="1GiB",
+        min_bytes=64,
+        tier="host",
+    ) as offloader:
+        assert_equal(steps(plain, 24), steps(model, 24))
+        assert offloader.plan is not None and offloader.report().drifts == 0
+
+
+@pytest.mark.parametrize("idle", [nn.Identity, lambda: nn.Dropout(0.0)], ids=["identity", "no dropout"])
+def test_a_section_that_saves_nothing_is_no_stranger_to_the_plan(idle: Callable[[], nn.Module]) -> None:
+    model, plain = pair()
+    for one in (model, plain):
+        one.layers.insert(2, idle())
+    with lighterage.offload(model.layers, device_budget="1GiB", min_bytes=64, tier="host") as offloader:
+        assert_equal(steps(plain, 24), steps(model, 24))
+        assert offloader.plan is not None and offloader.report().drifts == 0
+
+
+class Handing(Layer):
+    """Returns something that was computed before the step, too."""
+
+    def forward(self, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return super().forward(given[0]), given[1]
+
+
+def test_nothing_piles_up_on_a_node_that_outlives_the_steps() -> None:
+    torch.manual_seed(0)
+    layers = nn.ModuleList(Handing() for _ in range(3))
+    handed = nn.Parameter(torch.ones(WIDTH)) * 2
+
+    def step() -> None:
+        x = batch()
+        for layer in layers:
+            x, _ = layer((x, handed))
+        (x + handed).sum().backward(retain_graph=True)
+
+    with lighterage.offload(layers, device_budget="1GiB", min_bytes=64, tier="host") as offloader:
+        for _ in range(9):
+            step()
+        assert offloader.plan is not None
+        made: list[weakref.ref[Any]] = []
+        init = resting._Visit.__init__
+
+        class Visit(resting._Visit):
+            __slots__ = ("__weakref__",)
+
+            def __init__(self, *given: Any) -> None:
+                made.append(weakref.ref(self))
+                init(self, *given)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resting, "_Visit", Visit)
+            for _ in range(4):
+                step()
+        assert len(made) > 3 and all(ref() is None for ref in made)
+
+
+def test_compiled_backward_brings_back_what_a_section_at_rest_is_due_for() -> None:
+    model, plain = pair()
+    timeline = timeline_of(model)
+    with under(model, model.layers, moves_of(timeline, {1, 3}), timeline) as offloader:
+        with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+            got = steps(model)
+        assert_equal(steps(plain), got)
+        assert offloader.stats(total=True).bytes_in > 0

@@ -165,16 +165,16 @@ class Opener:
             section = Section(self._steps, name, keep_reason, gap, by_hand)
             self._steps.opened(section)
             if self._auto is not None:
-                around = self._auto.events.opened(section, call)
+                around = self._auto.events.opened(section, call, inside=self._steps.num_open > 1)
             return section, around
 
-    def runner_of(self, section: Section, pack: Pack) -> Runner | None:
+    def runner_of(self, section: Section, live: LiveSection, pack: Pack) -> Runner | None:
         """How the section's call is to be made; None: as ever."""
         if self._auto is None:
             return None
         if _rests(section):
-            unseen = self._auto.events.cannot_rest
-            return functools.partial(run_at_rest, section=section, begin=self._steps.begin, unseen=unseen)
+            hidden = self._auto.events.cannot_rest
+            return functools.partial(run_at_rest, live=live, begin=self._steps.begin, hidden=hidden)
         return self._auto.events.runner_of(section, pack)
 
     def pack_of(self, section: Section) -> Pack:
@@ -250,7 +250,7 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
         before = opener.device_bytes()
         live = LiveSection(section)
         pack = opener.pack_of(section)
-        live.runner = opener.runner_of(section, pack)
+        live.runner = opener.runner_of(section, live, pack)
         recorder = Recorder(pack, section)
         hooks = HooksPutBy() if _rests(section) else torch.autograd.graph.saved_tensors_hooks(recorder, unpack)
         self.running = section, around, recorder, hooks, before

@@ -42,6 +42,7 @@ class Recorder:
 
 def _held(pack: Pack, tensor: torch.Tensor, section: Section) -> Unpackable:
     """Pack what is to move whatever the plan or the policy says of the section."""
+    section.begin()
     orders, reason = section.orders, section.keep_reason
     section.orders = section.keep_reason = None
     try:

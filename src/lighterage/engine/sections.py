@@ -39,6 +39,10 @@ class SectionCall:
 class Owner(Protocol):
     """Whoever opened a section."""
 
+    def begin(self, section: Section) -> None:
+        """Give `section` its place in the step."""
+        ...
+
     def visit(self, section: Section, asked: Allocation | None = None) -> None:
         """Backward has come to `section`."""
         ...
@@ -95,6 +99,11 @@ class Section:
         self.row = Row(name, gap)
         self.allocations: dict[int, weakref.ref[Allocation]] = {}
         self.undecided: list[weakref.ref[Allocation]] = []
+
+    def begin(self) -> None:
+        """It saves something: give it its place in the step, if it has none yet."""
+        if self.index is None:
+            self.owner.begin(self)
 
     def visit(self, asked: Allocation | None = None) -> None:
         """Backward has come to this section, and asks for `asked` first."""

@@ -88,6 +88,11 @@ class Steps:
         """One more section is open."""
         self._open[id(section)] = weakref.ref(section)
 
+    @property
+    def num_open(self) -> int:
+        """How many sections are open."""
+        return len(self._open)
+
     def _any_open(self) -> bool:
         """Whether a section is open. One that is gone is not: an interrupt may have ended it before it began."""
         # An id outlives its object, but each object that is opened takes the place of a dead one under its id.

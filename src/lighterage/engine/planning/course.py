@@ -13,6 +13,7 @@ from ...planner.layout import is_saved
 from ...planner.plan import Fetch, Mode, Move, Plan, SectionPlan
 from ...planner.timeline import SectionRecord, Timeline
 from ..traffic import GATHER_BYTES
+from .step_log import OTHERS_INSIDE
 from .timelines import Recipe
 
 PLAN_KEEPS = "plan: it stays"
@@ -120,7 +121,7 @@ def _read_elsewhere(plan: Plan, timeline: Timeline) -> set[int]:
 
 def _at_rest(section: SectionPlan, record: SectionRecord, reason: str) -> AtRest | None:
     """What `section` saves; None where something of it leaves or is computed again."""
-    if section.mode != "save" or section.moves:
+    if section.mode != "save" or section.moves or record.not_recomputed == OTHERS_INSIDE:
         return None
     kept: dict[str, int] = {}
     for allocation in record.allocations:

@@ -75,18 +75,24 @@ class Events:
 
     # --- sections ---------------------------------------------------------------------------------------------------
 
-    def opened(self, section: Section, call: SectionCall | None) -> contextlib.AbstractContextManager[object]:
-        """A section begins: gives it its orders. The context is for its forward."""
+    def opened(
+        self, section: Section, call: SectionCall | None, *, inside: bool
+    ) -> contextlib.AbstractContextManager[object]:
+        """A section begins: gives it its orders. The context is for its forward.
+
+        `inside`: whether another section is open.
+        """
         if self._is_cuda and torch.cuda.is_current_stream_capturing():
             self.abandoned()
             self._run = None
             return NOTHING
         log = self._log
         around: contextlib.AbstractContextManager[object] = NOTHING
-        if not section.by_hand and section.keep_reason is None:
+        if _is_asked_for(section):
             orders = section.orders = self._orders(section)
             if isinstance(orders, PlannedOrders):  # see Note [Sections at rest]
-                orders.resting = orders.course.at_rest is not None and self._may_rest(section, call)
+                may = orders.course.at_rest is not None and not inside
+                orders.resting = may and self._may_rest(section, call)
             if isinstance(orders, PlannedOrders) and orders.mode != "save":
                 around = self._repeatable.check(orders, section.name, self._module_of(section.name), call)
         if log is None:
@@ -164,9 +170,9 @@ class Events:
             self._log.sections.append(section.log)
         orders = section.orders
         if isinstance(orders, PlannedOrders) and self._run is not None:
-            if orders.resting and orders.course.at_rest is not None:
-                section.row.note_at_rest(*orders.course.at_rest)
             self._carry_out(*self._run.begins("forward", orders.course.index))
+        elif self._run is not None and _is_asked_for(section):
+            self._run.unplanned += 1
 
     def left(self, section: Section) -> None:
         """A section's forward has ended."""
@@ -180,7 +186,12 @@ class Events:
             if section.index is None:
                 run.taken_back(section)
             else:
+                at_rest = orders.course.at_rest
+                if orders.resting and at_rest is not None and not section.row.saves:
+                    section.row.note_at_rest(*at_rest)
                 self._carry_out(*run.forward_ended(orders.course.index))
+        elif run is not None and section.index is None and _is_asked_for(section):
+            run.taken_back(section)
 
     def visited(self, section: Section) -> None:
         """Backward has come to a section."""
@@ -219,3 +230,8 @@ class Events:
         """What a section saved, and was away, is on its way back as its backward begins."""
         if self._log is not None:
             self._log.settle_live()
+
+
+def _is_asked_for(section: Section) -> bool:
+    """Whether a plan is asked what becomes of `section`."""
+    return not section.by_hand and section.keep_reason is None

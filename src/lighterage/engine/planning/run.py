@@ -85,7 +85,7 @@ class Run:
         self.resized = 0
         """Saves that were much larger than planned for."""
         self.unplanned = 0
-        """Sections that the plan does not know."""
+        """Sections that saved something and that the plan does not know."""
         self.strayed = 0
         """Visits of backward that came out of turn."""
         self.taken_bytes = 0
@@ -103,7 +103,6 @@ class Run:
         self._seen[name] = number + 1
         course = self.course.numbered.get((name, number))
         if course is None:
-            self.unplanned += 1
             return None
         orders = self._orders[course.index] = PlannedOrders(self, course, section)
         return orders

@@ -32,6 +32,10 @@ _RESIDENT = frozenset(
 )
 
 
+OTHERS_INSIDE = "other sections run inside it"
+"""The reason for which a section is not computed again that has others inside."""
+
+
 class Boundary:
     """Where a phase begins, which is where the one before it ends."""
 
@@ -94,7 +98,7 @@ class StepLog:
             return
         for outer in self._open:
             if not outer.gap:
-                outer.not_recomputed = "other sections run inside it"
+                outer.not_recomputed = OTHERS_INSIDE
         self._open.append(section)
         self._bound("forward", section)
 
