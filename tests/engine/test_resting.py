@@ -165,6 +165,48 @@ def test_releases_and_reloads_are_due_when_backward_comes_to_a_section_at_rest(
         assert offloader.report().drifts == 0
 
 
+class Pausing(Model):
+    """Computes between its layers what saves nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+            with torch.no_grad():
+                between = torch.randn(256, 256) @ torch.randn(256, 256)
+            x = x + 0 * between[0, 0]
+        return x
+
+
+def test_what_is_due_after_a_stretch_between_sections_is_let_go_of_before_one_at_rest_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, plain = pair(Pausing)
+    timeline = timeline_of(model)
+    begins = {p.section: number for number, p in enumerate(timeline.phases) if p.direction == "forward"}
+    assert begins[2] == begins[1] + 2, "there is no phase between"
+    moved = moves_of(timeline, {1})
+    sections = [
+        dataclasses.replace(s, moves=tuple(dataclasses.replace(m, release_after=1) for m in s.moves))
+        for s in moved.sections
+    ]
+    with under(model, model.layers, dataclasses.replace(moved, sections=tuple(sections)), timeline) as offloader:
+        told: list[str] = []
+        release = Traffic.release_some
+
+        def released(traffic: Traffic, section: Section, allocations: list[Any]) -> None:
+            told.append("released")
+            release(traffic, section, allocations)
+
+        monkeypatch.setattr(Traffic, "release_some", released)
+        handle = model.layers[2].up.register_forward_hook(lambda *_: told.append("in 2"))
+        model(batch()).sum().backward()
+        handle.remove()
+        assert told == ["released", "in 2"]
+        model.zero_grad()
+        assert_equal(steps(plain, 2), steps(model, 2))
+        assert offloader.report().drifts == 0
+
+
 class Sharing(nn.Module):
     """Each layer saves what the one before it saved last, which no other of its saves shows."""
 

@@ -93,6 +93,8 @@ class Events:
             if isinstance(orders, PlannedOrders):  # see Note [Sections at rest]
                 may = orders.course.at_rest is not None and not inside
                 orders.resting = may and self._may_rest(section, call)
+                if orders.resting and self._run is not None:
+                    self._carry_out(*self._run.approached(orders.course.index))
             if isinstance(orders, PlannedOrders) and orders.mode != "save":
                 around = self._repeatable.check(orders, section.name, self._module_of(section.name), call)
         if log is None:

@@ -130,6 +130,14 @@ class Run:
         """Whether what leaves was much smaller than planned for: the plan will do for it, its times say nothing."""
         return self.taken_bytes < (1 - TOLERANCE) * self.course.moved_bytes
 
+    def approached(self, index: int) -> Due:
+        """A section opens whose forward phase begins if it saves something. Out of turn nothing is due."""
+        phase = self.course.phase_of.get(("forward", index))
+        before = () if phase is None else range(self._phase, phase)
+        if phase is None or not all(p in self._begun or p in self.course.others for p in before):
+            return [], []
+        return self._end(phase)
+
     def begins(self, direction: str, index: int) -> Due:
         """A phase begins."""
         phase = self.course.phase_of.get((direction, index))
