@@ -15,7 +15,7 @@ help:
 	@echo "make demo      train a small model without and with offload, and compare (about two minutes)"
 	@echo "make test      run the test suite"
 	@echo "make test-gpu  run the tests that need a CUDA device"
-	@echo "make sanitize  compute-sanitizer over those that judge neither times nor memory (an hour on one core)"
+	@echo "make sanitize  compute-sanitizer over those that judge neither times nor memory (long)"
 	@echo "make lint      check style and format        make format  apply both"
 	@echo "make types     run the type checker"
 	@echo "make bench     host cost of a saved tensor, beside save_on_cpu"
