@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import lighterage
+from lighterage import OffloadError
 from lighterage.engine import resting
 from lighterage.engine.packing import Packer
 from lighterage.engine.planning import checks
+from lighterage.engine.planning.run import Run
 from lighterage.engine.sections import Section
 from lighterage.engine.traffic import Traffic
 from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
@@ -356,6 +358,24 @@ def test_an_offloader_that_found_nothing_to_gain_leaves_all_sections_at_rest(mon
         assert not seen.names
 
 
+def test_an_error_as_a_section_opens_is_no_section_that_stays_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = pair()
+    timeline = timeline_of(model)
+    with under(model, model.layers, moves_of(timeline, {0}), timeline) as offloader:
+
+        def fails(*_: object) -> Any:
+            raise OffloadError("a copy failed")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "approached", fails)
+            with pytest.raises(OffloadError, match="a copy failed"):
+                model(batch())
+        assert no_hook_is_pushed()
+        seen = Seen(monkeypatch)
+        assert_equal(steps(plain, 2), steps(model, 2))
+        assert set(seen.names) == {"Layer.0"} and offloader.stats().host_bytes_in_use == 0
+
+
 # --- odd modules --------------------------------------------------------------------------------------------------
 
 
@@ -472,7 +492,9 @@ class Outer(nn.Module):
         return x + self.inner(self.post(x).sin())
 
 
-def test_sections_inside_of_others_are_visited_as_they_were_measured() -> None:
+def test_sections_inside_of_others_do_not_rest_and_are_visited_as_they_were_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, plain = pair(lambda: Model(Outer))
     with lighterage.offload(
         [part for layer in model.layers for part in (layer.inner, layer)],
@@ -482,6 +504,10 @@ def test_sections_inside_of_others_are_visited_as_they_were_measured() -> None:
     ) as offloader:
         assert_equal(steps(plain, 24), steps(model, 24))
         assert offloader.plan is not None and offloader.report().drifts == 0
+        names = {section.name for section in offloader.report().sections}
+        seen = Seen(monkeypatch)
+        steps(model)
+        assert set(seen.names) == names
 
 
 @pytest.mark.parametrize("idle", [nn.Identity, lambda: nn.Dropout(0.0)], ids=["identity", "no dropout"])

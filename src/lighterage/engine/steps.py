@@ -90,8 +90,8 @@ class Steps:
 
     @property
     def num_open(self) -> int:
-        """How many sections are open."""
-        return len(self._open)
+        """How many sections are open. One that is gone is not: an error may have ended it before it began."""
+        return sum(ref() is not None for ref in self._open.values())
 
     def _any_open(self) -> bool:
         """Whether a section is open. One that is gone is not: an interrupt may have ended it before it began."""
