@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lighterage
+from lighterage.engine.planning import measurements
 from lighterage.planner.plan import Plan
 from lighterage.planner.timeline import Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, measured, random_plan, train
@@ -59,8 +61,17 @@ def models(layers: int = 4) -> tuple[Model, Model]:
     return model, copy.deepcopy(model)
 
 
+@pytest.fixture(autouse=True, scope="module", params=["derived", "run again"])
+def way(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The two ways of computing a section again selectively."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "run again":
+            patch.setattr(measurements, "derives_enough", lambda section: False)
+        yield
+
+
 @pytest.fixture(scope="module", params=["layers", "model"])
-def case(request: pytest.FixtureRequest) -> tuple[str, Timeline]:
+def case(request: pytest.FixtureRequest, way: None) -> tuple[str, Timeline]:
     model, _ = models()
     given = model.layers if request.param == "layers" else model
     timeline = measured(model, given, inputs(), recompute="auto")

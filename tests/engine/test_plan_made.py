@@ -276,7 +276,10 @@ def test_a_section_is_computed_again_with_the_same_dropout(link: list[Link], mod
         offloader.use_plan(everything(offloader, mode), offloader.timeline)
         calls.clear()
         assert_equal(expected, train(model, rows(), 3))
-        assert len(calls) == 2 * 5 * 3, "each section ran twice in each step"
+        runs = (
+            2 if mode == "recompute" else 1
+        )  # products are saved: what is cheap is derived, and no forward runs again
+        assert len(calls) == runs * 5 * 3
         assert offloader.stats().bytes_out > 0
         assert offloader.sections == []
 

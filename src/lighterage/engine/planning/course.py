@@ -41,6 +41,9 @@ class SectionCourse:
     moved: dict[int, float]
     """The saves whose allocations leave, and the most bytes that each has where it is the one that was planned for."""
 
+    derived: frozenset[int]
+    """The saves that are derived from others; none where the section runs again, or saves all."""
+
     again_bytes: int
     """What is there again of its saves when backward has computed it again."""
 
@@ -87,6 +90,7 @@ class Course:
                 mode=section.mode,
                 recipe=recipes.get(index, Recipe()),
                 moved={move.save: sizes.get(move.save, math.inf) for move in section.moves},
+                derived=_derived(index, section, record, recipes.get(index, Recipe())),
                 again_bytes=sum(
                     a.held_bytes for a in (record.allocations if record else ()) if not is_saved(a, index, section.mode)
                 ),
@@ -106,6 +110,12 @@ class Course:
                 self.due.setdefault(due, []).append((index, saves))
         self.fetches = {number: _by_section(row) for number, row in enumerate(plan.fetches) if row}
         """By phase: of which sections which saves come back as it begins, the most urgent first."""
+
+
+def _derived(index: int, section: SectionPlan, record: SectionRecord | None, recipe: Recipe) -> frozenset[int]:
+    if record is None or section.mode != "selective" or not recipe.derives:
+        return frozenset()
+    return frozenset(a.save for a in record.allocations if not is_saved(a, index, section.mode))
 
 
 def _read_elsewhere(plan: Plan, timeline: Timeline) -> set[int]:

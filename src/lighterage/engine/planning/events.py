@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from ..policy import Policy
 from ..scopes import Pack
 from ..sections import Section, SectionCall
 from ..traffic import Traffic
+from .proofs import PROOFS_OF_A_KIND, Proof, ProvingPack
 from .recompute import run_again_later
 from .recording import MeasuringPack, WatchingPack
 from .repeatable import Repeatable, why_never
@@ -24,6 +26,7 @@ from .room import Room
 from .run import PlannedOrders, Run
 from .section_log import MEASURED, SectionLog
 from .step_log import StepLog
+from .tracing import DerivingPack, Tracer
 
 NOTHING = contextlib.nullcontext()
 """What a forward runs in of which nothing is to be told. One serves all: it has no state."""
@@ -49,6 +52,8 @@ class Events:
         self._log: StepLog | None = None
         self._run: Run | None = None
         self._first = self._trial = False
+        self._proving: collections.Counter[object] = collections.Counter()
+        """How many sections of each kind show that what they derive is what they saved."""
         self._restless: set[str] = set()
         """Sections that returned nothing by which backward could be seen."""
 
@@ -64,6 +69,7 @@ class Events:
             trial: whether `run` tries what computing again costs; what it does not name may then move.
         """
         self._log, self._run, self._first, self._trial = log, run, first, trial
+        self._proving.clear()
         self._repeatable.step_begins()
 
     def step_ended(self) -> tuple[StepLog | None, Run | None]:
@@ -96,7 +102,14 @@ class Events:
                 if orders.resting and self._run is not None:
                     self._carry_out(*self._run.approached(orders.course.index))
             if isinstance(orders, PlannedOrders) and orders.mode != "save":
-                around = self._repeatable.check(orders, section.name, self._module_of(section.name), call)
+                module = self._module_of(section.name)
+                if not orders.course.derived:
+                    around = self._repeatable.check(orders, section.name, module, call)
+                elif why_never(module, call) is not None:
+                    orders.mode = "save"
+                else:
+                    orders.derives = True
+                    around = orders.tracer = Tracer()
         if log is None:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
@@ -112,8 +125,20 @@ class Events:
         for position, tensor in enumerate(call.tensors):
             if tensor.layout is torch.strided and type(tensor) is torch.Tensor:
                 one.input_keys.setdefault(tensor.untyped_storage()._cdata, position)
+        tracer: Tracer | None = None
+        if one.not_recomputed is None:
+            tracer = Tracer()
+            self._proving[one.kind] += 1
+            proof = Proof(self._room.has) if self._proving[one.kind] <= PROOFS_OF_A_KIND else None
+            one.proof = proof
+            one.prover = lambda pack: ProvingPack(pack, tracer, one, proof)
         return self._repeatable.told(
-            one, module, call, lambda: section.row.saves, with_modules=bool(self._policy.rules) and not call.compiled
+            one,
+            module,
+            call,
+            lambda: section.row.saves,
+            with_modules=bool(self._policy.rules) and not call.compiled,
+            tracer=tracer,
         )
 
     def _may_rest(self, section: Section, call: SectionCall | None) -> bool:
@@ -144,16 +169,23 @@ class Events:
     def pack_of(self, section: Section, pack: Pack) -> Pack:
         """What packs the saves of `section`: `pack`, or one that records or watches what becomes of them."""
         log = self._log
-        if isinstance(section.log, SectionLog) and log is not None and log.detailed:
-            return MeasuringPack(pack, log, section.log)
-        if isinstance(section.orders, PlannedOrders) and section.orders.read_twice is not None:
-            return WatchingPack(pack, section.orders.read_twice)
+        one, orders = section.log, section.orders
+        if isinstance(one, SectionLog) and log is not None and log.detailed:
+            pack = MeasuringPack(pack, log, one)
+            if one.prover is not None:
+                pack = one.prover(pack)
+                one.prover = None  # it holds what was saved, and is the forward's alone
+        elif isinstance(orders, PlannedOrders) and orders.read_twice is not None:
+            return WatchingPack(pack, orders.read_twice)
+        if isinstance(orders, PlannedOrders) and orders.tracer is not None:
+            pack = DerivingPack(pack, orders.tracer, orders.course.derived)
+            orders.tracer = None
         return pack
 
     def runner_of(self, section: Section, pack: Pack) -> Runner | None:
         """How the section's module is to be called, where it is computed again in backward; None: as ever."""
         orders = section.orders
-        if not isinstance(orders, PlannedOrders) or orders.mode == "save":
+        if not isinstance(orders, PlannedOrders) or orders.mode == "save" or orders.derives:
             return None
         module = self._module_of(section.name)
         assert module is not None, "only a module is computed again"

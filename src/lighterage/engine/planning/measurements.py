@@ -10,9 +10,9 @@ import torch
 from ...planner.plan import Plan, SectionPlan
 from ...planner.timeline import Timeline
 from .course import Course
-from .section_log import MEASURED
+from .section_log import MEASURED, SectionLog
 from .step_log import StepLog
-from .timelines import Recipe, is_like, phase_ms, read_timeline, recipe_of
+from .timelines import Recipe, derives_enough, is_like, phase_ms, read_timeline, recipe_of, runs_again
 
 # Note [What hooks cost]
 # Where the host is what a step waits for, steps that are measured take longer than any other: every save of theirs is
@@ -37,6 +37,8 @@ class Measurements:
         self._first: StepLog | None = None
         self._known: dict[int, Recipe] = {}
         self._trial_kinds: dict[int, object] = {}
+        self._derives: set[object] = set()
+        """The kinds of sections that derive what is cheap."""
         self._bare: list[int] = []
         self._alike: dict[int, object] = {}
         self.timed: list[StepLog] = []
@@ -65,9 +67,10 @@ class Measurements:
         """
         assert self._first is not None
         self.trial, self._trial_kinds = None, {}
+        self._find_derived()
         by_kind: dict[object, list[int]] = {}
         for section in self._first.sections:
-            if section.not_recomputed is None and section.products and not section.overwritten:
+            if section.not_recomputed is None and (section.kind in self._derives or runs_again(section)):
                 assert section.index is not None
                 by_kind.setdefault(section.kind, []).append(section.index)
         # Not one at the end: backward begins and ends with those.
@@ -82,6 +85,19 @@ class Measurements:
         )
         nothing = Plan(sections=sections, fetches=((),) * len(timeline.phases))
         self.trial_course = Course(nothing, timeline, self.recipes(), reason=MEASURED, may_rest=frozenset(self._bare))
+
+    def _find_derived(self) -> None:
+        """Decide which kinds of sections derive what is cheap, as far as the first step has proven it."""
+        assert self._first is not None
+        alike: dict[object, list[SectionLog]] = collections.defaultdict(list)
+        for section in self._first.sections:
+            if section.not_recomputed is None and not section.gap:
+                alike[section.kind].append(section)
+        self._derives = set()
+        for kind, sections in alike.items():
+            proofs = [section.proof for section in sections if section.proof is not None]
+            if proofs and all(map(derives_enough, sections)) and all(proof.holds for proof in proofs):
+                self._derives.add(kind)
 
     @property
     def tries_bare(self) -> bool:
@@ -120,7 +136,9 @@ class Measurements:
 
     def _read(self, selective: dict[object, float], parts: dict[tuple[str, int], float]) -> Timeline:
         assert self._first is not None
-        return read_timeline(self.timed, self._first, device=_name(self._device), selective=selective, parts=parts)
+        return read_timeline(
+            self.timed, self._first, device=_name(self._device), selective=selective, parts=parts, derives=self._derives
+        )
 
     def _parts_without_hooks(self) -> dict[tuple[str, int], float]:
         """Of phases, by direction and section, the part of their time that they take without hooks."""
@@ -162,7 +180,11 @@ class Measurements:
     def recipes(self) -> dict[int, Recipe]:
         """How each section that a first step has told of is computed again."""
         if self._first is not None:
-            self._known = {s.index: recipe_of(s) for s in self._first.sections if s.index is not None}
+            self._known = {
+                s.index: recipe_of(s, derives=s.kind in self._derives)
+                for s in self._first.sections
+                if s.index is not None
+            }
         return self._known
 
 

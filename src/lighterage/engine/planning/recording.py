@@ -41,6 +41,11 @@ class Measured:
         self._saves = saves
         self._task = -1
 
+    @property
+    def inner(self) -> Unpackable:
+        """The handle itself: reading that tells nothing."""
+        return self._handle
+
     def unpack(self) -> torch.Tensor:
         task = torch._C._current_graph_task_id()
         if task == self._task and task != -1:

@@ -13,6 +13,7 @@ from ..sections import SectionCall
 from .run import PlannedOrders
 from .section_log import READ_TWICE, SectionLog, StateKey
 from .step_log import StepLog
+from .tracing import Tracer
 from .watches import ModuleWatch, ProductTeller, StateWatch
 
 
@@ -85,6 +86,7 @@ class Repeatable:
         num_saves: Callable[[], int],
         *,
         with_modules: bool,
+        tracer: Tracer | None,
     ) -> Iterator[None]:
         """Around a forward: tells `log` what it computes, whether it is repeatable, and which modules save what."""
         with contextlib.ExitStack() as around:
@@ -95,6 +97,8 @@ class Repeatable:
                 log.watch = watch.change_since
                 around.enter_context(self._watched(watch, log.key, log))
                 around.enter_context(ProductTeller(log, num_saves))
+            if tracer is not None:
+                around.enter_context(tracer)
             if with_modules:
                 around.enter_context(ModuleWatch(module, log))
             yield

@@ -44,3 +44,15 @@ class Room:
             return False
         room, total = self._gauge.room(), self._gauge.total()
         return room is None or total is None or room > need + total // 20
+
+    def has(self, nbytes: int) -> bool:
+        """Whether so many bytes more may be taken for a moment."""
+        used = self._gauge.now()
+        if used is None:
+            return True
+        budget = self._policy.device_budget_bytes
+        limit = self.limit if budget is None else budget
+        if limit is not None and used + nbytes > limit:
+            return False
+        room = self._gauge.room()
+        return room is None or room > nbytes

@@ -10,12 +10,25 @@ from ..orders import Orders
 from ..sections import Section
 from .course import TOLERANCE, Course, SectionCourse
 from .own_saves import saves_before_inputs
+from .tracing import Tracer
 
 
 class PlannedOrders(Orders):
     """What the plan says of a section."""
 
-    __slots__ = ("_moved", "_run", "_section", "_taken", "called", "course", "mode", "read_twice", "watch")
+    __slots__ = (
+        "_moved",
+        "_run",
+        "_section",
+        "_taken",
+        "called",
+        "course",
+        "derives",
+        "mode",
+        "read_twice",
+        "tracer",
+        "watch",
+    )
 
     def __init__(self, run: Run, course: SectionCourse, section: Section) -> None:
         super().__init__(run.course.reason)
@@ -25,6 +38,10 @@ class PlannedOrders(Orders):
         self._taken: dict[int, list[weakref.ref[Allocation]]] = {}
         self.course = course
         self.mode = course.mode
+        self.derives = False
+        """Whether its forward runs once, and what is cheap is derived from what is saved."""
+        self.tracer: Tracer | None = None
+        """What tells how, until its forward has begun."""
         self.read_twice: Callable[[], None] | None = None
         """To be told if backward reads a saved tensor twice, where it is not known whether it does."""
         self.watch: Callable[[], None] | None = None
@@ -33,8 +50,10 @@ class PlannedOrders(Orders):
         """Where the section is computed again: the save of the plan that what comes next stands for, 0 for none."""
 
     def why_kept(self, save: int, nbytes: int) -> str | None:
-        if self.mode != "save":
+        if self._runs_again:
             save = self._planned(save)
+        elif save in self.course.derived:
+            self._run.resized += self.derives  # it could be derived when it was measured
         most_bytes = self._moved.get(save)
         if most_bytes is None:
             return self._reason
@@ -45,9 +64,14 @@ class PlannedOrders(Orders):
     def took(self, save: int, allocation: Allocation) -> None:
         if self.mode == "save":
             self._run.taken_bytes += allocation.nbytes
-        else:
+        elif self._runs_again:
             save = self._planned(save)
         self._taken.setdefault(save, []).append(weakref.ref(allocation))
+
+    @property
+    def _runs_again(self) -> bool:
+        """Whether backward runs its forward again, in which other tensors are saved."""
+        return self.mode != "save" and not self.derives
 
     def _planned(self, save: int) -> int:
         """The save of the plan that number `save` stands for where the section is computed again, 0 for none."""

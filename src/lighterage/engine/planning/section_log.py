@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -12,6 +13,7 @@ from ...planner.timeline import Kind
 from .. import spans
 from ..allocation import Allocation, Stage
 from ..ledger import Row
+from ..scopes import Pack
 from .clock import Mark
 
 MEASURED = "measured: nothing is moved"
@@ -29,6 +31,7 @@ class SaveLog:
         "_refs",
         "born",
         "covered",
+        "derivable",
         "held_bytes",
         "kept",
         "keys",
@@ -45,6 +48,8 @@ class SaveLog:
         self.kind: Kind = kind
         self.born = born
         self.kept: str | None = None
+        self.derivable = False
+        """Whether it need not be saved: something cheap makes it from what else is. Told in the first step alone."""
         self.module = ""
         """Which module inside the section saved it, where that was watched."""
         self.held_bytes = 0
@@ -89,6 +94,13 @@ class SaveLog:
         return self.held_bytes if any(not ref.expired() for ref in self._refs) else 0
 
 
+class Proof(Protocol):
+    """What a comparison has shown."""
+
+    @property
+    def holds(self) -> bool: ...
+
+
 StateKey = tuple[str, tuple[bool, ...]]
 """A section, and which of its modules train: what its forward changes depends on both."""
 
@@ -108,6 +120,8 @@ class SectionLog:
         "not_recomputed",
         "overwritten",
         "products",
+        "proof",
+        "prover",
         "row",
         "saves",
         "watch",
@@ -122,6 +136,10 @@ class SectionLog:
         self.input_keys: dict[int, int] = {}
         """Storages of the call's tensors, and their places among them."""
         self.products: list[ProductLog] = []
+        self.prover: Callable[[Pack], Pack] | None = None
+        """Makes the pack that tells what is derivable of it; until its forward has begun."""
+        self.proof: Proof | None = None
+        """Whether what is derivable of it was shown to give the same bits, where that was tried."""
         self.overwritten = False
         """Whether its forward writes over a product, so that the product cannot be put by."""
         self.not_recomputed: str | None = None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 
-from ...planner.timeline import NOT_SEEN, Phase, SavedAllocation, SectionRecord, Timeline, Use
+from ...planner.timeline import NOT_SEEN, Kind, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from .section_log import SaveLog, SectionLog
 from .step_log import StepLog
 
 # What passes between two sections in less than this part of the step is no phase of its own.
 _NO_PHASE = 0.0005
+# Of the bytes that running a forward again frees, the least for which deriving is preferred: that costs a third.
+_ENOUGH = 0.7
 
 
 _Scale = dict[tuple[str, int | None], float]
@@ -24,6 +27,9 @@ class Recipe:
 
     products: tuple[int | None, ...] = ()
     """For each product, in the order of computing: the save that stands for it. None: nothing needs it."""
+
+    derives: bool = False
+    """Whether nothing runs again: what is cheap is derived from what is saved. See Note [Derived saves]."""
 
 
 @dataclasses.dataclass
@@ -63,6 +69,7 @@ def read_timeline(
     device: str,
     selective: dict[object, float],
     parts: dict[tuple[str, int], float],
+    derives: Collection[object],
 ) -> Timeline:
     """The timeline of a step that was measured `len(logs)` times; the shortest counts.
 
@@ -71,6 +78,7 @@ def read_timeline(
         first: the log in which products were told, for what can be computed again.
         selective: milliseconds of a selective recomputation, by the kind of section.
         parts: of phases that take less where nothing is recorded and nothing moves, the part that they take then.
+        derives: the kinds of sections that derive what is cheap.
     """
     all_stretches = [_stretches(log) for log in logs]
     fastest = min(range(len(logs)), key=lambda i: sum(s.ms for s in all_stretches[i]))
@@ -89,7 +97,9 @@ def read_timeline(
     # Moments inside a phase are told as if its waits had been spread over it.
     scale: _Scale = {(s.direction, s.section): s.ms / s.raw_ms for s in stretches if s.section is not None and s.raw_ms}
     return Timeline(
-        sections=tuple(_section(log, one, told.get((one.index, one.name)), selective, scale) for one in log.sections),
+        sections=tuple(
+            _section(log, one, told.get((one.index, one.name)), selective, scale, derives) for one in log.sections
+        ),
         phases=tuple(
             Phase(direction=s.direction, section=s.section, ms=s.ms, work_bytes=s.work_bytes)  # type: ignore[arg-type]
             for s in stretches
@@ -154,18 +164,19 @@ def _section(
     told: SectionLog | None,
     selective: dict[object, float],
     scale: _Scale,
+    derives: Collection[object],
 ) -> SectionRecord:
     born_from = next((b for b in log.boundaries if b.section is section and b.direction == "forward"), None)
-    dear = _dear(told) if told is not None else {}
     known = {save.save: save for save in told.saves} if told is not None else {}
+    kinds: dict[int, Kind] = {} if told is None else _kinds(told, derives=told.kind in derives)
     allocations = []
     for save in section.saves:
         born_ms = 0.0 if born_from is None else max(0.0, log.clock.ms(born_from.at, save.born))
         born_ms *= scale.get(("forward", section.index), 1.0)
         twin = known.get(save.save)
         kind = save.kind if twin is None else twin.kind
-        if told is not None and told.products and kind != "input":
-            kind = "product" if save.save in dear.values() else "other" if kind == "other" else "pointwise"
+        if told is not None:
+            kind = kinds.get(save.save, kind)
         allocations.append(
             SavedAllocation(
                 save=save.save,
@@ -180,7 +191,7 @@ def _section(
             )
         )
     reason = NOT_SEEN if told is None else told.not_recomputed
-    may_select = reason is None and told is not None and bool(told.products) and not told.overwritten
+    may_select = reason is None and told is not None and (told.kind in derives or runs_again(told))
     return SectionRecord(
         name=section.name,
         gap=section.gap,
@@ -188,6 +199,37 @@ def _section(
         not_recomputed=None if section.gap else reason,
         selective_ms=selective.get(told.kind) if may_select and told is not None else None,
     )
+
+
+def runs_again(section: SectionLog) -> bool:
+    """Whether selective recomputation can run the forward again, with its products put by."""
+    return bool(section.products) and not section.overwritten
+
+
+def _kinds(section: SectionLog, *, derives: bool) -> dict[int, Kind]:
+    """What each save of `section` is to selective recomputation. `derives`: what can be derived is, and that alone."""
+    if not derives and not section.products:
+        return {}
+    dear = set() if derives else set(_dear(section).values())
+    kinds: dict[int, Kind] = {}
+    for save in section.saves:
+        kind = save.kind
+        if kind != "input" and derives:
+            kind = "pointwise" if save.derivable else "product" if kind == "product" else "other"
+        elif kind != "input":
+            kind = "product" if save.save in dear else "other" if kind == "other" else "pointwise"
+        kinds[save.save] = kind
+    return kinds
+
+
+def derives_enough(section: SectionLog) -> bool:
+    """Whether deriving frees about as much of `section` as running its forward again would."""
+    derived = sum(save.held_bytes for save in section.saves if save.derivable)
+    if not runs_again(section):
+        return derived > 0
+    kinds = _kinds(section, derives=False)
+    cheap = sum(save.held_bytes for save in section.saves if kinds[save.save] == "pointwise")
+    return derived > 0 and derived >= _ENOUGH * cheap
 
 
 def _uses(log: StepLog, save: SaveLog, scale: _Scale) -> tuple[Use, ...]:
@@ -204,7 +246,7 @@ def _uses(log: StepLog, save: SaveLog, scale: _Scale) -> tuple[Use, ...]:
     return tuple(uses)
 
 
-def recipe_of(section: SectionLog) -> Recipe:
+def recipe_of(section: SectionLog, *, derives: bool) -> Recipe:
     """How `section`, whose products were told, finds its saves again."""
     positions = {key: save.save for save in section.saves if save.kind == "input" for key in save.keys}
     inputs: dict[int, int | None] = {}
@@ -215,6 +257,7 @@ def recipe_of(section: SectionLog) -> Recipe:
     return Recipe(
         inputs=tuple(inputs.get(position) for position in range(count)),
         products=tuple(dear.get(number) for number in range(len(section.products))),
+        derives=derives,
     )
 
 
