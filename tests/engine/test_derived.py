@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -93,14 +93,13 @@ class Calls(TorchDispatchMode):
 
 
 @pytest.fixture
-def never_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """No forward may run a second time."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a forward was to run again")
 
     monkeypatch.setattr("lighterage.engine.planning.recompute.checkpoint", refuse)
-    yield
 
 
 # --- what is derived ------------------------------------------------------------------------------------------------
