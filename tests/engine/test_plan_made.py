@@ -276,9 +276,7 @@ def test_a_section_is_computed_again_with_the_same_dropout(link: list[Link], mod
         offloader.use_plan(everything(offloader, mode), offloader.timeline)
         calls.clear()
         assert_equal(expected, train(model, rows(), 3))
-        runs = (
-            2 if mode == "recompute" else 1
-        )  # what is cheap is derived, and no forward runs again
+        runs = 2 if mode == "recompute" else 1  # what is cheap is derived, and no forward runs again
         assert len(calls) == runs * 5 * 3
         assert offloader.stats().bytes_out > 0
         assert offloader.sections == []
