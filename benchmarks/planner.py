@@ -92,10 +92,11 @@ def _cases(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
     def decoder() -> Bench:
         return Bench(TINY if args.tiny else LLAMA_8B_X8, device)
 
-    def layers(make: Callable[[Recipe | None], nn.Module], title: str) -> Iterator[Row]:
+    def layers(case: str, make: Callable[[Recipe | None], nn.Module], title: str) -> Iterator[Row]:
         for recipe in args.recipes:
             decoder.cache_clear()
-            for row in cases.layers(LayersBench(make(RECIPES[recipe])), rounds, tiny=args.tiny):
+            kept = None if args.out is None else args.out / f"{case}-{recipe}"
+            for row in cases.layers(LayersBench(make(RECIPES[recipe])), rounds, tiny=args.tiny, out=kept):
                 yield {"model": f"{title}, {recipe}", **row}
             gc.collect()
             if device.type == "cuda":
@@ -112,9 +113,9 @@ def _cases(args: argparse.Namespace, device: torch.device) -> dict[str, Callable
         "host": lambda: cases.host_time(decoder(), device, 3 if args.tiny else 30),
         "bits": lambda: cases.bits(decoder(), [goal for goal in goals if "device_budget" not in goal[1]]),
         "stack": lambda: layers(
-            lambda recipe: Stack(stack, recipe, device), f"{stack.name} of {stack.experts} experts"
+            "stack", lambda recipe: Stack(stack, recipe, device), f"{stack.name} of {stack.experts} experts"
         ),
-        "block": lambda: layers(lambda recipe: Blocks(blocks, recipe, device), blocks.name),
+        "block": lambda: layers("block", lambda recipe: Blocks(blocks, recipe, device), blocks.name),
     }
 
 

@@ -108,10 +108,10 @@ def goals(
                 stats = mode.offloader.stats()
                 row["bytes_out"], row["late_ms"] = stats.bytes_out, stats.late_ms
                 if out is not None:
+                    out.mkdir(parents=True, exist_ok=True)
                     (out / f"plan-{number}.json").write_text(mode.offloader.plan.to_json())
                     (out / f"timeline-{number}.json").write_text(mode.offloader.timeline.to_json())
-                    if number == 0:
-                        (out / "report.txt").write_text(str(mode.offloader.report()))
+                    (out / f"report-{number}.txt").write_text(str(mode.offloader.report()))
         except BudgetError as error:
             row = {"mode": name, "refused": str(error), "smallest_bytes": error.smallest_bytes}
         except Exception as error:  # one that fails must not stop the others
@@ -121,7 +121,7 @@ def goals(
         yield row
 
 
-def layers(bench: Bench, rounds: int, *, tiny: bool) -> Iterator[Row]:
+def layers(bench: Bench, rounds: int, *, tiny: bool, out: Path | None = None) -> Iterator[Row]:
     """A model of lighterage's own layers: checkpointed, not at all, by half and whole; and under three goals.
 
     The budget is what checkpointing takes: there a plan has to be the faster one.
@@ -134,7 +134,7 @@ def layers(bench: Bench, rounds: int, *, tiny: bool) -> Iterator[Row]:
     # A CPU has no peak of its own: what is saved counts there, and the tiny models save less than this.
     budget = row["peak_bytes"] or 2 << 20
     chosen.append((f"device_budget={budget / GIB:.2f}GiB, of checkpointing", {"device_budget": budget} | small))
-    yield from goals(bench, chosen, rounds)
+    yield from goals(bench, chosen, rounds, out)
 
 
 def bits(bench: Bench, chosen: Sequence[tuple[str, dict[str, Any]]]) -> Iterator[Row]:
