@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import functools
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from ..policy import Policy
 from ..scopes import Pack
 from ..sections import Section, SectionCall
 from ..traffic import Traffic
-from .proofs import PROOFS_OF_A_KIND, Proof, ProvingPack
+from .proofs import Proof, ProvingPack
 from .recompute import run_again_later
 from .recording import MeasuringPack, WatchingPack
 from .repeatable import Repeatable, why_never
@@ -52,8 +51,8 @@ class Events:
         self._log: StepLog | None = None
         self._run: Run | None = None
         self._first = self._trial = False
-        self._proving: collections.Counter[object] = collections.Counter()
-        """How many sections of each kind show that what they derive is what they saved."""
+        self._proofs: dict[object, Proof] = {}
+        """By kinds of sections, whether what they derive is what they save."""
         self._restless: set[str] = set()
         """Sections that returned nothing by which backward could be seen."""
 
@@ -69,7 +68,7 @@ class Events:
             trial: whether `run` tries what computing again costs; what it does not name may then move.
         """
         self._log, self._run, self._first, self._trial = log, run, first, trial
-        self._proving.clear()
+        self._proofs = {}
         self._repeatable.step_begins()
 
     def step_ended(self) -> tuple[StepLog | None, Run | None]:
@@ -128,9 +127,7 @@ class Events:
         tracer: Tracer | None = None
         if one.not_recomputed is None:
             tracer = Tracer()
-            self._proving[one.kind] += 1
-            proof = Proof(self._room.has) if self._proving[one.kind] <= PROOFS_OF_A_KIND else None
-            one.proof = proof
+            proof = one.proof = self._proofs.setdefault(one.kind, Proof(self._room.has))
             one.prover = lambda pack: ProvingPack(pack, tracer, one, proof)
         return self._repeatable.told(
             one,

@@ -95,8 +95,9 @@ class Measurements:
                 alike[section.kind].append(section)
         self._derives = set()
         for kind, sections in alike.items():
-            proofs = [section.proof for section in sections if section.proof is not None]
-            if proofs and all(map(derives_enough, sections)) and all(proof.holds for proof in proofs):
+            if all(map(derives_enough, sections)) and all(
+                s.proof is not None and s.proof.holds_for(s) for s in sections
+            ):
                 self._derives.add(kind)
 
     @property

@@ -97,8 +97,7 @@ class SaveLog:
 class Proof(Protocol):
     """What a comparison has shown."""
 
-    @property
-    def holds(self) -> bool: ...
+    def holds_for(self, section: SectionLog) -> bool: ...
 
 
 StateKey = tuple[str, tuple[bool, ...]]
@@ -139,7 +138,7 @@ class SectionLog:
         self.prover: Callable[[Pack], Pack] | None = None
         """Makes the pack that tells what is derivable of it; until its forward has begun."""
         self.proof: Proof | None = None
-        """Whether what is derivable of it was shown to give the same bits, where that was tried."""
+        """Whether what is derivable of sections of its kind was shown to have the same bits."""
         self.overwritten = False
         """Whether its forward writes over a product, so that the product cannot be put by."""
         self.not_recomputed: str | None = None
