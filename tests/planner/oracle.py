@@ -81,6 +81,12 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
             things[index, a.save] = thing = _Thing(index, a, decided.mode, saved)
             moves = [m for m in decided.moves if m.save == a.save]
             thing.move = moves[0] if moves and saved and a.kept is None else None
+    first_at = {
+        key: min((backward_at[use.section] for use in thing.allocation.uses), default=None)
+        for key, thing in things.items()
+    }
+    seen = {thing.section for thing in things.values() if thing.move is not None}
+    seen |= {index for index, decided in enumerate(plan.sections) if decided.mode != "save"}
 
     def hurry():
         return bool(back.urgent) or (back.current is not None and back.hurries)
@@ -195,6 +201,15 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
             position += TICK_MS
         for _ in range(round(link.compute_slowdown * (busy - busy_before) / TICK_MS)):
             tick()
+        host_ms = 0.0
+        for key, thing in things.items():
+            if thing.move is not None:
+                host_ms += link.move_us / 2000 * ((index == forward_at[thing.section]) + (index == first_at[key]))
+        if phase.section in seen:
+            record = timeline.sections[phase.section]
+            host_ms += record.hooks_forward_ms if phase.direction == "forward" else record.hooks_backward_ms
+        for _ in range(round(host_ms / TICK_MS)):
+            tick()
         for thing in things.values():
             due = thing.move is not None and index == forward_at[thing.section] + thing.move.release_after
             if due and not thing.read:
@@ -264,7 +279,18 @@ def random_timeline(rng: random.Random, *, num_sections: int | None = None, most
     return Timeline(sections=tuple(sections), phases=tuple(phases))
 
 
-def random_link(rng: random.Random, compute_slowdown: float = 0.0) -> Link:
+def random_hooks(rng: random.Random, timeline: Timeline) -> Timeline:
+    """The same, with hooks that cost something in most sections; some have hooks alike."""
+    alike = (rng.randint(1, 8) / 4, rng.randint(1, 8) / 4)
+    costs = [rng.choice((alike, alike, (rng.randint(0, 8) / 4, rng.randint(0, 8) / 4))) for _ in timeline.sections]
+    sections = (
+        dataclasses.replace(section, hooks_forward_ms=forward, hooks_backward_ms=backward)
+        for section, (forward, backward) in zip(timeline.sections, costs, strict=True)
+    )
+    return dataclasses.replace(timeline, sections=tuple(sections))
+
+
+def random_link(rng: random.Random, compute_slowdown: float = 0.0, move_us: float = 0.0) -> Link:
     out, back = rng.choice((40e3, 100e3, 200e3, 400e3)), rng.choice((40e3, 100e3, 200e3, 400e3))
     return Link(
         out_bytes_per_s=out,
@@ -272,6 +298,7 @@ def random_link(rng: random.Random, compute_slowdown: float = 0.0) -> Link:
         both_bytes_per_s=(out + back) * rng.choice((0.5, 0.7, 1.0, 1.2)),
         copy_us=rng.choice((0.0, 250.0)),
         compute_slowdown=compute_slowdown,
+        move_us=move_us,
     )
 
 

@@ -75,6 +75,57 @@ def test_what_is_waited_is_not_slowed():
     assert seen.stalls_ms.reload == pytest.approx(20.0)
 
 
+def with_hooks(timeline: Timeline, forward_ms: float = 3.0, backward_ms: float = 5.0) -> Timeline:
+    """The same, with hooks that cost so much in every section."""
+    costs = {"hooks_forward_ms": forward_ms, "hooks_backward_ms": backward_ms}
+    return dataclasses.replace(
+        timeline, sections=tuple(dataclasses.replace(section, **costs) for section in timeline.sections)
+    )
+
+
+def test_a_move_costs_the_host_half_as_it_leaves_and_half_as_it_comes_back():
+    link = dataclasses.replace(LINK, move_us=800.0)
+    plan = planned(moving(1), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ()))
+    seen = simulate(two_layers(), plan, link)
+    assert [phase.stalls_ms.host for phase in seen.phases] == [0.4, 0.0, 0.0, 0.4]
+    assert seen.stalls_ms.host == seen.stalls_ms.total == 0.8
+    assert (seen.step_ms, seen.floor_ms) == (60.8, 60.0)
+    # A phase is longer at its end, and what is read within it is read no later.
+    assert [phase.end_ms for phase in seen.phases] == pytest.approx([10.4, 20.4, 40.4, 60.8])
+    assert simulate(two_layers(), planned(KEEP_0, KEEP_1), link).stalls_ms.total == 0
+
+
+def test_hooks_cost_a_section_of_which_something_leaves_or_is_computed_again():
+    timeline = with_hooks(two_layers())
+    assert simulate(timeline, planned(KEEP_0, KEEP_1), LINK).stalls_ms.host == 0
+    plan = planned(moving(1), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ()))
+    seen = simulate(timeline, plan, LINK)
+    assert [phase.stalls_ms.host for phase in seen.phases] == [3.0, 0.0, 0.0, 5.0]
+    seen = simulate(timeline, planned(KEEP_0, SectionPlan(name="layers.1", mode="selective")), LINK)
+    assert [phase.stalls_ms.host for phase in seen.phases] == [0.0, 3.0, 5.0, 0.0]
+    assert (seen.stalls_ms.recompute, seen.step_ms, seen.floor_ms) == (1.0, 69.0, 60.0)
+
+
+def test_what_has_to_stay_and_what_is_computed_again_is_no_move():
+    """Whatever the plan says of it: it is passed over, and costs the host nothing."""
+    timeline, link = two_layers(), dataclasses.replace(LINK, move_us=800.0)
+    kept = dataclasses.replace(timeline.sections[0].allocations[0], kept="marked")
+    marked = dataclasses.replace(timeline.sections[0], allocations=(kept,))
+    timeline = with_hooks(dataclasses.replace(timeline, sections=(marked, timeline.sections[1])))
+    assert simulate(timeline, planned(moving(1), KEEP_1), link).stalls_ms.host == 0
+    again = SectionPlan(name="layers.0", mode="recompute", moves=(Move(save=1, release_after=1),))
+    assert simulate(with_hooks(two_layers()), planned(again, KEEP_1), link).stalls_ms.host == 8.0
+
+
+def test_a_section_without_backward_has_hooks_in_its_forward_alone():
+    allocation = SavedAllocation(save=1, nbytes=100, held_bytes=100, born_ms=0.0, uses=())
+    record = SectionRecord(name="layer", allocations=(allocation,), hooks_forward_ms=3.0, hooks_backward_ms=5.0)
+    phases = (Phase(direction="forward", section=0, ms=50.0, work_bytes=0),)
+    plan = Plan(sections=(SectionPlan(name="layer", moves=(Move(save=1, release_after=0),)),), fetches=((),))
+    link = dataclasses.replace(LINK, move_us=800.0)
+    assert simulate(Timeline(sections=(record,), phases=phases), plan, link).stalls_ms.host == pytest.approx(3.4)
+
+
 def test_a_release_waits_for_its_copy():
     """The copy runs from 2 to 12 ms; the end of the phase is at 10."""
     seen = simulate(two_layers(), planned(moving(0), KEEP_1, fetches=((), (), (Fetch(section=0, save=1),), ())), LINK)
@@ -240,6 +291,24 @@ def test_it_agrees_with_small_steps_of_time(seed, chunk, compute_slowdown, monke
     assert seen.peak_bytes == peak
     events = 3 * sum(len(record.allocations) for record in timeline.sections) + len(timeline.phases)
     assert seen.step_ms == pytest.approx(step_ms, abs=events * oracle.TICK_MS)
+
+
+@pytest.mark.parametrize(("compute_slowdown", "chunk"), [(0.0, 173.3), (0.3, float("inf"))])
+@pytest.mark.parametrize("move_us", [0.0, 500.0, 3000.0])
+@pytest.mark.parametrize("seed", range(40))
+def test_it_agrees_with_small_steps_of_time_about_the_host(seed, move_us, chunk, compute_slowdown, monkeypatch):
+    monkeypatch.setattr(lanes, "CHUNK_BYTES", chunk)
+    rng = random.Random(2000 + seed)
+    timeline = oracle.random_hooks(rng, oracle.random_timeline(rng))
+    link = oracle.random_link(rng, compute_slowdown, move_us)
+    plan = oracle.random_plan(rng, timeline)
+    seen = simulate(timeline, plan, link)
+    step_ms, peak = oracle.step(timeline, plan, link, chunk)
+    assert seen.peak_bytes == peak
+    events = 3 * sum(len(record.allocations) for record in timeline.sections) + len(timeline.phases)
+    assert seen.step_ms == pytest.approx(step_ms, abs=events * oracle.TICK_MS)
+    assert seen.floor_ms == pytest.approx(timeline.step_ms)
+    assert sum(phase.stalls_ms.host for phase in seen.phases) == pytest.approx(seen.stalls_ms.host)
 
 
 def nbytes_of(timeline: Timeline, key: tuple[int, int]) -> int:

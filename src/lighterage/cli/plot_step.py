@@ -168,6 +168,7 @@ def _waits(prediction: Prediction) -> str:
             (stalls.release, "waiting for copies out"),
             (stalls.recompute, "computing again"),
             (stalls.slowdown, "computing slower beside copies"),
+            (stalls.host, "for the host's work on moves and hooks"),
         )
         if ms >= 0.05
     ]

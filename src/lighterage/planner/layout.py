@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from .plan import Mode
-from .timeline import SavedAllocation, Timeline
+from .timeline import Link, SavedAllocation, Timeline
 
 # What the compute stream meets. Of what happens at one moment, the smaller number comes first: what is allocated there
 # is there beside what is freed there.
@@ -31,6 +31,22 @@ class Item:
     """Where it is first read again; (NEVER, 0) if nowhere."""
 
     death: tuple[float, float]
+    copies: int = 1
+    """As how many allocations it leaves: of a group, all its members."""
+
+
+@dataclasses.dataclass(slots=True)
+class Hooks:
+    """What it costs that the saves of a section are seen."""
+
+    forward: int
+    """Its forward phase."""
+
+    backward: int | None
+    forward_ms: float
+    backward_ms: float
+    at_rest: bool
+    """Whether they are seen only where one of them is moved."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -48,6 +64,9 @@ class Layout:
 
     events: list[list[Event]]
     """Of each phase, in order; each begins with its `WORK`."""
+
+    hooks: dict[int, Hooks]
+    """Of each section whose hooks cost anything."""
 
 
 def recompute_time(timeline: Timeline, section: int, mode: Mode, forward_ms: float | None = None) -> float:
@@ -90,7 +109,7 @@ def lay_out(timeline: Timeline, modes: Sequence[Mode]) -> Layout:
             (forward if phase.direction == "forward" else backward)[phase.section] = index
     again = [recompute_time(timeline, s, mode, timeline.phases[forward[s]].ms) for s, mode in enumerate(modes)]
     count = len(timeline.phases)
-    layout = Layout([], [phase.ms for phase in timeline.phases], [0.0] * count, [[] for _ in range(count)])
+    layout = Layout([], [phase.ms for phase in timeline.phases], [0.0] * count, [[] for _ in range(count)], {})
     for index, phase in enumerate(timeline.phases):
         events = layout.events[index]
         extra = again[phase.section] if phase.direction == "backward" and phase.section is not None else 0.0
@@ -106,6 +125,9 @@ def lay_out(timeline: Timeline, modes: Sequence[Mode]) -> Layout:
         begin = forward[section]
         length = timeline.phases[begin].ms
         own = backward.get(section)
+        if record.hooks_forward_ms or record.hooks_backward_ms:
+            costs = record.hooks_forward_ms, 0.0 if own is None else record.hooks_backward_ms
+            layout.hooks[section] = Hooks(begin, own, *costs, at_rest=mode == "save")
         for allocation in record.allocations:
             born_ms = min(max(allocation.born_ms, 0.0), length)
             if is_saved(allocation, section, mode):
@@ -123,6 +145,27 @@ def lay_out(timeline: Timeline, modes: Sequence[Mode]) -> Layout:
     for events in layout.events:
         events.sort()
     return layout
+
+
+def host_time(layout: Layout, link: Link, moved: Sequence[bool]) -> list[float]:
+    """Milliseconds that the host's work makes each phase longer where those are moved; empty if it costs nothing."""
+    if not (link.move_us or layout.hooks):
+        return []
+    host = [0.0] * len(layout.ms)
+    seen = {section for section, hooks in layout.hooks.items() if not hooks.at_rest}
+    half_ms = link.move_us / 2e3
+    for item, leaves in zip(layout.items, moved, strict=True):
+        if leaves:
+            seen.add(item.section)
+            host[item.birth[0]] += half_ms * item.copies
+            if item.need[0] != NEVER:
+                host[int(item.need[0])] += half_ms * item.copies
+    for section, hooks in layout.hooks.items():
+        if section in seen:
+            host[hooks.forward] += hooks.forward_ms
+            if hooks.backward is not None:
+                host[hooks.backward] += hooks.backward_ms
+    return host
 
 
 def _saved(

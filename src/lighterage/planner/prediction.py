@@ -23,10 +23,13 @@ class Stalls:
     slowdown: float = 0.0
     """Computing beside copies, which take some of the device's bandwidth and power."""
 
+    host: float = 0.0
+    """The host's work for what is moved or computed again: the moves, and the hooks that see what is saved."""
+
     @property
     def total(self) -> float:
         """All of them."""
-        return self.reload + self.release + self.recompute + self.slowdown
+        return self.reload + self.release + self.recompute + self.slowdown + self.host
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

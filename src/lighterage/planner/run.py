@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from .lanes import Lanes
-from .layout import BIRTH, DEATH, GONE, NEED, REBORN, WORK, Layout
+from .layout import BIRTH, DEATH, GONE, NEED, REBORN, WORK, Layout, host_time
 from .timeline import Link
 
 UNBORN, HERE, AWAY, COMING, BACK = range(5)
@@ -37,6 +37,7 @@ class Recording:
     reload_ms: list[float] = dataclasses.field(default_factory=list)
     release_ms: list[float] = dataclasses.field(default_factory=list)
     slowed_ms: list[float] = dataclasses.field(default_factory=list)
+    host_ms: list[float] = dataclasses.field(default_factory=list)
     peaks: list[int] = dataclasses.field(default_factory=list)
 
 
@@ -58,6 +59,10 @@ class Run:
         """By so much compute took longer because lanes were busy."""
 
         self._slowdown = link.compute_slowdown
+        self._host = host_time(layout, link, moved)
+        self.host_ms = sum(self._host, 0.0)
+        """The host's work for what is moved or computed again."""
+
         self.live_bytes = 0
         self.peak_bytes = 0
         self.on_demand: list[int] = []
@@ -132,6 +137,10 @@ class Run:
             slowed = self._slowdown * (lanes.busy_ms - busy_before)
             self.slowed_ms += slowed
             now += slowed
+        host = 0.0
+        if self._host:
+            host = self._host[phase]
+            now += host
         ended = self.now_in_phase_ms = now
         for item in decisions.releases(phase, self):
             if state[item] == HERE:
@@ -148,4 +157,5 @@ class Run:
             recording.reload_ms.append(reload_ms)
             recording.release_ms.append(now - ended)
             recording.slowed_ms.append(slowed)
+            recording.host_ms.append(host)
             recording.peaks.append(peak)

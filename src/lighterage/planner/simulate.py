@@ -108,10 +108,10 @@ def predict(timeline: Timeline, run: Run) -> Prediction:
             section=phase.section,
             start_ms=start,
             end_ms=end,
-            stalls_ms=Stalls(reload=reload, release=release, recompute=recompute, slowdown=slowed),
+            stalls_ms=Stalls(reload=reload, release=release, recompute=recompute, slowdown=slowed, host=host),
             peak_bytes=peak,
         )
-        for phase, start, end, reload, release, recompute, slowed, peak in zip(
+        for phase, start, end, reload, release, recompute, slowed, host, peak in zip(
             timeline.phases,
             recording.starts_ms,
             recording.ends_ms,
@@ -119,6 +119,7 @@ def predict(timeline: Timeline, run: Run) -> Prediction:
             recording.release_ms,
             layout.recompute_ms,
             recording.slowed_ms,
+            recording.host_ms,
             recording.peaks,
             strict=True,
         )
@@ -134,6 +135,7 @@ def predict(timeline: Timeline, run: Run) -> Prediction:
             release=sum(recording.release_ms),
             recompute=sum(layout.recompute_ms),
             slowdown=run.slowed_ms,
+            host=run.host_ms,
         ),
         phases=phases,
         curve=tuple(recording.curve),

@@ -24,7 +24,7 @@ NOT_SEEN = "it was not seen running"
 
 # What is beyond these was not measured, and figures made of it would be none: sums of them stay finite.
 MOST_BYTES, MOST_MS = 1 << 63, 1e15
-LEAST_BYTES_PER_S, MOST_COPY_US, MOST_COMPUTE_SLOWDOWN = 1e-3, 1e15, 100.0
+LEAST_BYTES_PER_S, MOST_COPY_US, MOST_MOVE_US, MOST_COMPUTE_SLOWDOWN = 1e-3, 1e15, 1e15, 100.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,6 +90,13 @@ class SectionRecord:
 
     selective_ms: float | None = None
     """Time to compute again all but products and attention. None: not known, so that it is not considered."""
+
+    hooks_forward_ms: float = 0.0
+    """What its forward phase takes longer where what it saves is seen: one of its allocations is moved, or its mode is
+    not `"save"`. The phases' times are without it."""
+
+    hooks_backward_ms: float = 0.0
+    """The same of its backward phase."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -171,8 +178,12 @@ class Link:
     """The part by which compute takes longer while one lane is busy; while both are, twice that. Copies take some of
     the device's memory bandwidth and power."""
 
+    move_us: float = 0.0
+    """What each moved allocation costs the compute stream, in microseconds, beside its bytes: half as it leaves, half as
+    it comes back. Where the host is what the step waits for."""
+
     def __post_init__(self) -> None:
-        for name in ("out_bytes_per_s", "in_bytes_per_s", "both_bytes_per_s", "copy_us", "compute_slowdown"):
+        for name in ("out_bytes_per_s", "in_bytes_per_s", "both_bytes_per_s", "copy_us", "compute_slowdown", "move_us"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise TypeError(f"{name} of a link is a number, 55e9 for 55 GB/s; got {value!r}.")
@@ -183,6 +194,11 @@ class Link:
             raise ValueError(f"a copy takes some time beside its bytes, and no negative one; got {self}.")
         if not 0 <= self.compute_slowdown <= MOST_COMPUTE_SLOWDOWN:
             raise ValueError(f"compute_slowdown is a part of compute's time, 0.02 for 2 %; got {self}.")
+        if not 0 <= self.move_us <= MOST_MOVE_US:
+            raise ValueError(
+                "move_us is what a moved allocation costs the host, in microseconds, 80.0 for instance and 0 where the "
+                f"host waits for the device; got {self}."
+            )
 
     def to_json(self) -> str:
         """This link as text that `from_json` reads."""
@@ -233,6 +249,11 @@ def _check(timeline: Timeline) -> None:
             raise ValueError(f"section {index} ({section.name}) has its backward phase before its forward phase.")
         if section.selective_ms is not None and not 0 <= section.selective_ms <= MOST_MS:
             raise ValueError(f"selective_ms of section {index} ({section.name}) is a time; got {section.selective_ms}.")
+        for name in ("hooks_forward_ms", "hooks_backward_ms"):
+            if not 0 <= (ms := getattr(section, name)) <= MOST_MS:
+                raise ValueError(
+                    f"{name} of section {index} ({section.name}) is a time, 0 where hooks cost nothing; got {ms}."
+                )
         saves = {allocation.save for allocation in section.allocations}
         if len(saves) != len(section.allocations):
             raise ValueError(f"section {index} ({section.name}) has two allocations of the same save.")

@@ -81,6 +81,7 @@ def _slowest(links: list[Link]) -> Link:
         both_bytes_per_s=min(link.both_bytes_per_s for link in links),
         copy_us=max(link.copy_us for link in links),
         compute_slowdown=max(link.compute_slowdown for link in links),
+        move_us=max(link.move_us for link in links),
     )
 
 
@@ -130,6 +131,8 @@ def _most(timelines: list[Timeline]) -> Timeline:
                 allocations=tuple(allocations),
                 not_recomputed=next((v.not_recomputed for v in versions if v.not_recomputed is not None), None),
                 selective_ms=max(known) if len(known) == len(times) else None,
+                hooks_forward_ms=max(v.hooks_forward_ms for v in versions),
+                hooks_backward_ms=max(v.hooks_backward_ms for v in versions),
             )
         )
     phases = tuple(

@@ -55,6 +55,8 @@ def _section(section: SectionRecord, factor: float) -> SectionRecord:
         section,
         allocations=tuple(_allocation(allocation, factor) for allocation in section.allocations),
         selective_ms=None if section.selective_ms is None else factor * section.selective_ms,
+        hooks_forward_ms=factor * section.hooks_forward_ms,
+        hooks_backward_ms=factor * section.hooks_backward_ms,
     )
 
 
