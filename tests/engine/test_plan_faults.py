@@ -130,9 +130,10 @@ def test_steps_after_a_fault_keep_all_and_measure_nothing(monkeypatch: pytest.Mo
         with pytest.warns(match="the planner failed"):
             compare(plain, model, failed(offloader))
         logs.clear()
+        before = offloader.stats(total=True).bytes_out  # of the trial
         assert_equal(train(plain, rows(), 60), train(model, rows(), 60))
         assert not logs
-        assert offloader.stats(total=True).bytes_out == 0
+        assert offloader.stats(total=True).bytes_out == before
         sections = offloader.report().sections
         assert len(sections) == 5
         assert all(section.kept[NO_PLAN] > 0 for section in sections)

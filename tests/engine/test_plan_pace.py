@@ -106,8 +106,8 @@ def logs(monkeypatch: pytest.MonkeyPatch) -> list[StepLog]:
     return seen
 
 
-def models() -> tuple[Model, Model]:
-    return pair(*[Layer() for _ in range(5)])
+def models(num_layers: int = 5) -> tuple[Model, Model]:
+    return pair(*[Layer() for _ in range(num_layers)])
 
 
 def planned(model: Model, offloader: Offloader) -> None:

@@ -44,7 +44,7 @@ class Stage(enum.Enum):
     """Sizes are told, and what could be computed again; times are those of first times."""
     TIMING = "timing"
     TRIAL = "trial"
-    """One section of each kind is computed again selectively, to see what that takes."""
+    """Sections run in the ways that a plan may choose, to see what each takes."""
     PLANNING = "planning"
     """The plan is being made beside the steps."""
     PLANNED = "planned"
@@ -185,8 +185,7 @@ class Autoplan:
             assert self._fault is not None
             self.events.step_begins(None, Run(self._fault.course), trial=True)
         elif self._stage is Stage.TRIAL:
-            if self._measurements.trial is None:
-                assert self._measurements.trial_course is not None
+            if len(self._measurements.trial.logs) < self._measurements.trial.num_steps:
                 self.events.step_begins(self._new_log(detailed=False), Run(self._measurements.trial_course), trial=True)
         elif self._stage is Stage.SIZING:
             self.events.step_begins(self._new_log(detailed=True), first=True)
@@ -249,7 +248,7 @@ class Autoplan:
             else:
                 measured.timed.append(log)
         elif self._stage is Stage.TRIAL:
-            measured.trial = log
+            measured.trial.logs.append(log)
 
     def _look(self) -> None:
         """See whether what was measured can be read by now, and go on."""
@@ -263,7 +262,7 @@ class Autoplan:
             if self._stage is Stage.TIMING and len(measured.timed) >= TIMED_STEPS:
                 if not all(log.readable for log in measured.timed):
                     return
-                measured.choose_trials()
+                measured.choose_trials(limited=self._room.is_limited)
                 self._stage = Stage.TRIAL
             if self._stage is Stage.TRIAL and measured.trials_done:
                 self._make()
@@ -286,6 +285,7 @@ class Autoplan:
         if self._link is None:
             self._link = self._measure_link()
         timeline = self._measurements.timeline()
+        self._link = self._measurements.seen_over(self._link)
         self._job = Planning(timeline, self._link, self._budget.goal, agree=self._num_plans == 0)
         self._stage = Stage.PLANNING
         self._measurements.clear()

@@ -23,7 +23,7 @@ from .recording import MeasuringPack, WatchingPack
 from .repeatable import Repeatable, why_never
 from .room import Room
 from .run import PlannedOrders, Run
-from .section_log import MEASURED, SectionLog
+from .section_log import MEASURED, Role, SectionLog
 from .step_log import StepLog
 from .tracing import DerivingPack, Tracer
 
@@ -209,6 +209,7 @@ class Events:
         """A section's forward has ended."""
         orders, run = section.orders, self._run
         if isinstance(section.log, SectionLog) and self._log is not None:
+            section.log.role, section.log.num_moved = _role(section), _num_moved(section)
             self._log.left(section.log)
             self._log.settle_marks(
                 section.log, self._policy.select == "marked", "it is moved by hand" if section.by_hand else None
@@ -261,6 +262,21 @@ class Events:
         """What a section saved, and was away, is on its way back as its backward begins."""
         if self._log is not None:
             self._log.settle_live()
+
+
+def _role(section: Section) -> Role:
+    orders = section.orders
+    if isinstance(orders, PlannedOrders):
+        if orders.resting:
+            return "bare"
+        if orders.mode != "save":
+            return "selective" if orders.mode == "selective" else "again"
+    return "moved" if section.allocations else "hooked"
+
+
+def _num_moved(section: Section) -> int:
+    """How many of its allocations leave that no section before it saved."""
+    return sum(allocation.saved_at[0][0] == section.name for allocation in section.live_allocations())
 
 
 def _is_asked_for(section: Section) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Protocol
+from typing import Literal, Protocol
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -100,6 +100,10 @@ class Proof(Protocol):
     def holds_for(self, section: SectionLog) -> bool: ...
 
 
+Role = Literal["bare", "hooked", "moved", "selective", "again"]
+"""How a section ran: at rest; with hooks, and all of it kept; moved; computed again, in part or whole."""
+
+
 StateKey = tuple[str, tuple[bool, ...]]
 """A section, and which of its modules train: what its forward changes depends on both."""
 
@@ -117,10 +121,12 @@ class SectionLog:
         "kind",
         "name",
         "not_recomputed",
+        "num_moved",
         "overwritten",
         "products",
         "proof",
         "prover",
+        "role",
         "row",
         "saves",
         "watch",
@@ -142,6 +148,10 @@ class SectionLog:
         self.overwritten = False
         """Whether its forward writes over a product, so that the product cannot be put by."""
         self.not_recomputed: str | None = None
+        self.role: Role | None = None
+        """Told as its forward ends."""
+        self.num_moved = 0
+        """Allocations of it that leave."""
         self.inside: list[str] = []
         """The modules inside the section that run now, where that is watched."""
         self.key: StateKey | None = None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from typing import Protocol
 
 from ...planner.timeline import NOT_SEEN, Kind, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from .section_log import SaveLog, SectionLog
@@ -30,6 +31,19 @@ class Recipe:
 
     derives: bool = False
     """Whether nothing runs again: what is cheap is derived from what is saved. See Note [Derived saves]."""
+
+
+class SectionCosts(Protocol):
+    """What a section takes."""
+
+    @property
+    def parts(self) -> tuple[float, float]: ...
+
+    @property
+    def hooks(self) -> tuple[float, float]: ...
+
+    @property
+    def selective(self) -> float | None: ...
 
 
 @dataclasses.dataclass
@@ -67,8 +81,7 @@ def read_timeline(
     first: StepLog,
     *,
     device: str,
-    selective: dict[object, float],
-    parts: dict[tuple[str, int], float],
+    costs: Mapping[int, SectionCosts],
     derives: Collection[object],
 ) -> Timeline:
     """The timeline of a step that was measured `len(logs)` times; the shortest counts.
@@ -76,8 +89,7 @@ def read_timeline(
     Args:
         logs: detailed and readable, at least one.
         first: the log in which products were told, for what can be computed again.
-        selective: milliseconds of a selective recomputation, by the kind of section.
-        parts: of phases that take less where nothing is recorded and nothing moves, the part that they take then.
+        costs: by section, what its phases take at rest, and what hooks and selective recomputation take beside that.
         derives: the kinds of sections that derive what is cheap.
     """
     all_stretches = [_stretches(log) for log in logs]
@@ -90,7 +102,8 @@ def read_timeline(
             mine.ms = min(mine.ms, their.ms)
             mine.work_bytes = max(mine.work_bytes, their.work_bytes)
     for mine in stretches:
-        mine.ms *= 1.0 if mine.section is None else parts.get((mine.direction, mine.section), 1.0)
+        if mine.section is not None and (section_costs := costs.get(mine.section)) is not None:
+            mine.ms *= section_costs.parts[mine.direction == "backward"]
     stretches = _without_moments(stretches)
     peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
     told = {(s.index, s.name): s for s in first.sections}
@@ -98,7 +111,7 @@ def read_timeline(
     scale: _Scale = {(s.direction, s.section): s.ms / s.raw_ms for s in stretches if s.section is not None and s.raw_ms}
     return Timeline(
         sections=tuple(
-            _section(log, one, told.get((one.index, one.name)), selective, scale, derives) for one in log.sections
+            _section(log, one, told.get((one.index, one.name)), costs, scale, derives) for one in log.sections
         ),
         phases=tuple(
             Phase(direction=s.direction, section=s.section, ms=s.ms, work_bytes=s.work_bytes)  # type: ignore[arg-type]
@@ -162,7 +175,7 @@ def _section(
     log: StepLog,
     section: SectionLog,
     told: SectionLog | None,
-    selective: dict[object, float],
+    all_costs: Mapping[int, SectionCosts],
     scale: _Scale,
     derives: Collection[object],
 ) -> SectionRecord:
@@ -191,13 +204,16 @@ def _section(
             )
         )
     reason = NOT_SEEN if told is None else told.not_recomputed
+    costs = None if section.index is None else all_costs.get(section.index)
     may_select = reason is None and told is not None and (told.kind in derives or runs_again(told))
     return SectionRecord(
         name=section.name,
         gap=section.gap,
         allocations=tuple(allocations),
         not_recomputed=None if section.gap else reason,
-        selective_ms=selective.get(told.kind) if may_select and told is not None else None,
+        selective_ms=costs.selective if may_select and costs is not None else None,
+        hooks_forward_ms=0.0 if costs is None else costs.hooks[0],
+        hooks_backward_ms=0.0 if costs is None else costs.hooks[1],
     )
 
 

@@ -1,0 +1,153 @@
+"""Sections of one class run in the ways that a plan may choose, and what each takes is told apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lighterage.engine.planning.trial import Costs, Trial, _costs
+from lighterage.engine.sections import Section
+from lighterage.engine.traffic import Traffic
+from lighterage.planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
+from tests.engine.planned import assert_equal, train
+from tests.engine.test_bare_trial import _played_beside_the_steps, hooks_take, offload  # noqa: F401
+from tests.engine.test_plan_made import rows
+from tests.engine.test_plan_pace import CLOCKWORK, models, planned
+
+
+def timeline(count: int) -> Timeline:
+    sections = tuple(
+        SectionRecord(
+            name=f"layer.{index}",
+            allocations=(
+                SavedAllocation(
+                    save=1,
+                    nbytes=8,
+                    held_bytes=8,
+                    born_ms=0.0,
+                    uses=(Use(section=index, first_ms=0.0, last_ms=1.0),),
+                ),
+            ),
+        )
+        for index in range(count)
+    )
+    forward = [Phase(direction="forward", section=index, ms=1.0, work_bytes=0) for index in range(count)]
+    backward = [Phase(direction="backward", section=index, ms=2.0, work_bytes=0) for index in reversed(range(count))]
+    return Timeline(sections=sections, phases=(*forward, *backward))
+
+
+def roles(count: int, *, able: bool = True, limited: bool = False, on_host: bool = False) -> dict[int, str]:
+    trial = Trial(on_host=on_host)
+    able_to = range(count) if able else ()
+    trial.choose(dict.fromkeys(range(count), "layer"), able_to, able_to, limited=limited)
+    return dict(trial._roles)
+
+
+# --- roles ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_way_is_tried_twice_where_there_are_sections_enough() -> None:
+    assert sorted(roles(9).values()) == sorted(2 * ["moved", "selective", "bare", "hooked"])
+    assert sorted(roles(9, able=False).values()) == ["bare"] * 2 + ["hooked"] * 4 + ["moved"] * 2
+
+
+@pytest.mark.parametrize("limited", [False, True])
+@pytest.mark.parametrize("able", [False, True])
+@pytest.mark.parametrize("count", range(1, 14))
+def test_the_last_section_is_left_alone_and_none_moves_late(count: int, able: bool, limited: bool) -> None:
+    found = roles(count, able=able, limited=limited)
+    assert count - 1 not in found
+    assert all(2 * index < count - 1 for index, role in found.items() if role == "moved")
+    assert able or not {"selective", "again"} & set(found.values())
+    assert not (limited and {"bare", "hooked"} & set(found.values())), "what is kept takes room"
+    if count >= 4 and not limited:
+        assert {"bare", "hooked"} <= set(found.values()), "there is something to compare with"
+    if count >= 3 and limited and able:
+        assert "again" in found.values()
+
+
+def test_on_a_cpu_nothing_but_computing_again_is_tried() -> None:
+    assert set(roles(9, on_host=True).values()) == {"selective"}
+    assert roles(9, on_host=True, able=False) == {}
+
+
+def test_the_plan_of_the_trial_waits_for_nothing() -> None:
+    trial = Trial(on_host=False)
+    trial.choose(dict.fromkeys(range(9), "layer"), range(9), range(9), limited=False)
+    steps = timeline(9)
+    plan = trial.plan(steps)
+    moved = [index for index, section in enumerate(plan.sections) if section.moves]
+    assert moved == sorted(index for index, role in trial._roles.items() if role == "moved")
+    for index in moved:
+        assert index + plan.sections[index].moves[0].release_after == 8, "let go of as the last forward ends"
+    assert [fetch.section for fetch in plan.fetches[9]] == moved[::-1], "asked for as backward begins, by need"
+    assert sum(map(len, plan.fetches)) == len(moved)
+
+
+# --- costs ------------------------------------------------------------------------------------------------------------
+
+USUAL = (10.0, 20.0)
+
+
+def test_where_nothing_differs_nothing_costs() -> None:
+    seen = {"bare": (9.9, 19.8), "hooked": (10.0, 20.1), "moved": (10.1, 20.2), "selective": (10.0, 20.7)}
+    found = _costs(seen, USUAL, 12)
+    assert found == Costs(selective=pytest.approx(0.7), num_moves=12)
+
+
+def test_hooks_moves_and_what_is_computed_again_are_told_apart() -> None:
+    seen = {"bare": (8.0, 16.0), "hooked": (9.0, 17.0), "moved": (10.0, 18.5), "selective": (9.5, 17.25)}
+    found = _costs(seen, USUAL, 10)
+    assert found.parts == pytest.approx((0.8, 0.8))
+    assert found.hooks == pytest.approx((1.0, 1.0))
+    assert found.moves == pytest.approx(2.5)
+    assert found.selective == pytest.approx(0.75)
+
+
+def test_under_a_budget_what_is_computed_again_tells_what_is_bare() -> None:
+    found = _costs({"again": (8.0, 24.0), "moved": (9.5, 17.5)}, USUAL, 10)
+    assert found.parts == pytest.approx((0.8, 0.8))
+    assert found.hooks == pytest.approx((0.5, 0.5))
+    assert found.moves == pytest.approx(2.0)
+
+
+def test_with_nothing_at_rest_times_are_as_they_were_measured() -> None:
+    assert _costs({"moved": (9.0, 17.0), "selective": (10.0, 21.0)}, USUAL, 3) == Costs(selective=1.0)
+    assert _costs({}, USUAL, 0) == Costs()
+
+
+# --- in steps ---------------------------------------------------------------------------------------------------------
+
+
+def moves_take(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    gather = Traffic.gather
+
+    def slow(traffic: Traffic, allocation: Any, section: Section, *rest: Any) -> None:
+        CLOCKWORK.now_s += seconds
+        gather(traffic, allocation, section, *rest)
+
+    monkeypatch.setattr(Traffic, "gather", slow)
+
+
+def test_what_hooks_and_moves_take_in_steps_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, model = models(num_layers=9)
+    hooks_take(1.0, monkeypatch)
+    moves_take(0.5, monkeypatch)
+    with offload(model, max_slowdown=10.0, recompute="never") as offloader:
+        planned(model, offloader)
+        steps, link = offloader.timeline, offloader._opener._auto._link  # type: ignore[union-attr]
+        assert steps is not None and link is not None
+    hooks = steps.sections[1].hooks_forward_ms / 1e3
+    assert hooks == pytest.approx(round(hooks)) and hooks >= len(steps.sections[1].allocations)
+    assert all(section.hooks_forward_ms == pytest.approx(1e3 * hooks) for section in steps.sections)
+    assert all(section.hooks_backward_ms == 0.0 for section in steps.sections)
+    assert steps.step_ms == pytest.approx(9 * 30e3, rel=0.01)
+    assert link.move_us == pytest.approx(0.5e6)
+
+
+@pytest.mark.parametrize("policy", [{"max_slowdown": 1.0}, {"device_budget": "500KiB"}])
+def test_steps_of_the_trial_have_the_same_bits(policy: dict[str, Any]) -> None:
+    plain, model = models(num_layers=9)
+    with offload(model, recompute="auto", **policy):
+        assert_equal(train(plain, rows(), 10), train(model, rows(), 10))
