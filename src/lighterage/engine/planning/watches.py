@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import operator
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -46,35 +48,70 @@ class StateWatch:
         if any(alias._version != version for alias, version in self._inputs):
             return "its input in place"
         after = _state(self._module)
-        if after.keys() != self._before.keys():
+        if len(after) != len(self._before):
             return "the set of its attributes"
-        for key, (was, version, size) in self._before.items():
-            now, version_now, size_now = after[key]
-            if now is not was or version_now != version or size_now != size:
-                return key[1]
+        for before, now in zip(self._before, after, strict=True):
+            found = _change_of(before, now)
+            if found is not None:
+                return found
         return None
+
+
+# A section of some modules has hundreds of attributes, which are looked at three times in each step in which it is
+# computed again: by lists of values, and not one by one.
+
+_KINDS = "the parameter", "the buffer", "the attribute"
+_Values = tuple[tuple[str, ...], list[Any], list[object]]
+"""Names, values, and of each value that can change and remain the same object what tells that."""
+
+_UNCHANGING = frozenset([bool, int, float, str, type(None), torch.dtype, torch.device, torch.Size, types.FunctionType])
+_SIZED = frozenset([dict, list, set, collections.OrderedDict])
+
+
+def _state(module: nn.Module) -> list[tuple[_Values, _Values, _Values]]:
+    """What each module that `module` is made of consists of: parameters, buffers, and other attributes."""
+    return [(_tensors(part._parameters), _tensors(part._buffers), _attributes(vars(part))) for part in module.modules()]
+
+
+def _tensors(named: Mapping[str, torch.Tensor | None]) -> _Values:
+    return tuple(named), list(named.values()), [None if t is None else _version_of(t) for t in named.values()]
+
+
+def _attributes(named: Mapping[str, Any]) -> _Values:
+    values = list(named.values())
+    kinds = list(map(type, values))
+    if types.MethodType in kinds:
+        values = [None if kind is types.MethodType else value for value, kind in zip(values, kinds, strict=True)]
+    marks = [
+        len(value) if kind in _SIZED else None if kind in _UNCHANGING else _mark_of(value)
+        for value, kind in zip(values, kinds, strict=True)
+    ]
+    return tuple(named), values, marks
+
+
+def _mark_of(value: object) -> object:
+    if isinstance(value, torch.Tensor):
+        return _version_of(value)
+    if isinstance(value, list | dict | set):
+        return len(value)
+    return bytes(value.get_state().numpy()) if isinstance(value, torch.Generator) else None
 
 
 def _version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version  # what inference mode made counts nothing
 
 
-def _state(module: nn.Module) -> dict[tuple[int, str], tuple[object, int | None, int | None]]:
-    state: dict[tuple[int, str], tuple[object, int | None, int | None]] = {}
-    for part in module.modules():
-        for kind, tensors in (("parameter", part._parameters), ("buffer", part._buffers)):
-            for name, tensor in tensors.items():
-                if tensor is not None:
-                    state[(id(part), f"the {kind} {name}")] = (tensor, _version_of(tensor), None)
-        for name, value in vars(part).items():
-            if name in ("_buffers", "_parameters", "_modules") or isinstance(value, types.MethodType):
-                continue
-            size = len(value) if isinstance(value, list | dict | set) else None
-            if isinstance(value, torch.Generator):
-                size = hash(bytes(value.get_state().numpy()))
-            version = _version_of(value) if isinstance(value, torch.Tensor) else None
-            state[(id(part), f"the attribute {name}")] = (value, version, size)
-    return state
+def _change_of(before: tuple[_Values, _Values, _Values], now: tuple[_Values, _Values, _Values]) -> str | None:
+    """What differs, for people; or None."""
+    for kind, (names, values, marks), (names_now, values_now, marks_now) in zip(_KINDS, before, now, strict=True):
+        if names != names_now:
+            return "the set of its attributes"
+        if marks == marks_now and all(map(operator.is_, values, values_now)):
+            continue
+        for place, name in enumerate(names):
+            if values[place] is not values_now[place] or marks[place] != marks_now[place]:
+                return f"{kind} {name}"
+    return None
 
 
 class ProductTeller(TorchDispatchMode):
