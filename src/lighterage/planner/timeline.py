@@ -179,8 +179,8 @@ class Link:
     the device's memory bandwidth and power."""
 
     move_us: float = 0.0
-    """What each moved allocation costs the compute stream, in microseconds, beside its bytes: half as it leaves, half as
-    it comes back. Where the host is what the step waits for."""
+    """What each moved allocation costs the compute stream, in microseconds, beside its bytes: half as it leaves, half
+    as it comes back. Where the host is what the step waits for."""
 
     def __post_init__(self) -> None:
         for name in ("out_bytes_per_s", "in_bytes_per_s", "both_bytes_per_s", "copy_us", "compute_slowdown", "move_us"):
