@@ -9,7 +9,7 @@ from .coarse import Coarse, coarsen
 from .figures import size
 from .frontier import Frontier, Point
 from .goal import Choices, Goal, choices
-from .layout import lay_out
+from .layout import Layout, costs_host, lay_out
 from .plan import Fetch, Move, Plan, SectionPlan
 from .postpone import postpone
 from .run import Run
@@ -49,11 +49,14 @@ class Found:
             {index for index, place in enumerate(at) if place in these} for these in (point.lazy, self.search.must)
         )
         # Anew, for what was grouped: members are not all saved at once. What one of them may hold, all of them did.
-        schedule = Schedule(
-            layout, self.link, moved, limit_bytes=point.limit_bytes, pace=point.pace, lazy=lazy, must=must
-        )
-        run = Run(layout, self.link, moved)
-        run.go(schedule)
+        schedule, run = self._carry_out(layout, moved, point, lazy, must)
+        in_vain = {i for i, at in enumerate(schedule.released) if moved[i] and at < 0} - must
+        if run.host_ms and in_vain:
+            # What is never let go of costs the host something all the same.
+            left = [leaves and index not in in_vain for index, leaves in enumerate(moved)]
+            other, again = self._carry_out(layout, left, point, lazy, must)
+            if again.now_ms <= run.now_ms and again.peak_bytes <= run.peak_bytes:
+                moved, schedule, run = left, other, again
         moves: list[list[Move]] = [[] for _ in self.timeline.sections]
         for index, item in enumerate(layout.items):
             # What was never let go of need not travel.
@@ -70,14 +73,24 @@ class Found:
         )
         return Plan(sections=sections, fetches=fetches), run.now_ms
 
+    def _carry_out(
+        self, layout: Layout, moved: list[bool], point: Point, lazy: set[int], must: set[int]
+    ) -> tuple[Schedule, Run]:
+        limit, pace = point.limit_bytes, point.pace
+        schedule = Schedule(layout, self.link, moved, limit_bytes=limit, pace=pace, lazy=lazy, must=must)
+        run = Run(layout, self.link, moved)
+        run.go(schedule)
+        return schedule, run
+
 
 def find(timeline: Timeline, link: Link, allowed: Choices) -> Found:
     """The frontier of `timeline` over `link`."""
-    coarse = coarsen(timeline, allowed)
+    coarse = coarsen(timeline, allowed, move_ms=link.move_us / 1e3)
     # A group stands for as many copies as it has members.
     groups = sum(len(section.allocations) for section in coarse.timeline.sections)
     grouped = dataclasses.replace(link, copy_us=link.copy_us * len(coarse.places) / max(groups, 1))
-    search = Search(coarse.timeline, grouped, coarse.choices, effort=_EFFORT if coarse.is_exact else _EFFORT // 3)
+    effort = _EFFORT if coarse.is_exact else _EFFORT * 2 // 5 if costs_host(timeline, link) else _EFFORT // 3
+    search = Search(coarse.timeline, grouped, coarse.choices, effort=effort, copies=coarse.members)
     return Found(timeline, link, search, search.go(), coarse)
 
 

@@ -29,7 +29,7 @@ class Point:
     """Of those that are moved: what comes back no earlier than in the phase that reads it."""
 
     slowed_ms: float = 0.0
-    """Of its time: what compute takes longer because of copies beside it."""
+    """Of its time: what compute takes longer because of copies beside it, and the host's work for them."""
 
 
 class Frontier:

@@ -147,6 +147,11 @@ def lay_out(timeline: Timeline, modes: Sequence[Mode]) -> Layout:
     return layout
 
 
+def costs_host(timeline: Timeline, link: Link) -> bool:
+    """Whether what is moved, or computed again, costs the host anything."""
+    return bool(link.move_us) or any(s.hooks_forward_ms or s.hooks_backward_ms for s in timeline.sections)
+
+
 def host_time(layout: Layout, link: Link, moved: Sequence[bool]) -> list[float]:
     """Milliseconds that the host's work makes each phase longer where those are moved; empty if it costs nothing."""
     if not (link.move_us or layout.hooks):

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import operator
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from .layout import BIRTH, DEATH, GONE, NEED, NEVER, REBORN, WORK, Layout
+from .layout import BIRTH, DEATH, GONE, NEED, NEVER, REBORN, WORK, Layout, host_time
 from .run import AWAY, HERE, Run
 from .timeline import Link
 
@@ -72,7 +73,7 @@ class Schedule:
         # What cannot be helped is no reason to hold back elsewhere.
         self._limit = max(limit_bytes, max(self._most, default=0))
         self._most_overtaken = _MOST_OVERTAKEN if pace.overtaking else 0
-        self._due = self._latest(layout, link, pace.haste)
+        self._due = self._latest(layout, link, pace.haste, host_time(layout, link, moved))
         for item in lazy:
             if item in self._due:
                 self._due[item] = int(self._items[item].need[0])
@@ -115,9 +116,10 @@ class Schedule:
             self._stretches.append(stretches)
             live -= born
 
-    def _latest(self, layout: Layout, link: Link, haste: float) -> dict[int, int]:
+    def _latest(self, layout: Layout, link: Link, haste: float, host_ms: Sequence[float]) -> dict[int, int]:
         """The last phase at whose beginning each item can be fetched in time, if nothing is ever waited for."""
-        starts = [0.0, *itertools.accumulate(layout.ms)][:-1]
+        lengths = map(operator.add, layout.ms, host_ms) if host_ms else layout.ms
+        starts = [0.0, *itertools.accumulate(lengths)][:-1]
         setup_ms, rate = link.copy_us / 1e3, link.in_bytes_per_s / 1e3
         due: dict[int, int] = {}
         before = NEVER

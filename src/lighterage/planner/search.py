@@ -8,15 +8,17 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from .frontier import Frontier, Modes, Point
 from .goal import Choices
-from .layout import NEVER, Layout, is_saved, lay_out, recompute_time
+from .layout import NEVER, Layout, costs_host, is_saved, lay_out, recompute_time
 from .plan import Mode
 from .run import Run
 from .schedule import Pace, Schedule
+from .thrift import Thrift
 from .timeline import Link, Timeline
+from .worth import opening_ms
 
 _PACES = (Pace(), Pace(2.5), Pace(8.0), Pace(8.0, True))
 
@@ -25,6 +27,8 @@ _MOST_MODES = 16
 _MOST_NEIGHBOURS = 40
 _ALL_BUT = 1.002
 """A step so little longer has no wait worth the name."""
+
+_HARDLY_FASTER = 0.999
 
 _FEW_MODES = 100
 _MANY_MODES = 1000
@@ -42,12 +46,16 @@ class Search:
     next to a point of the frontier is tried.
     """
 
-    def __init__(self, timeline: Timeline, link: Link, choices: Choices, *, effort: int) -> None:
+    def __init__(
+        self, timeline: Timeline, link: Link, choices: Choices, *, effort: int, copies: Sequence[int] | None = None
+    ) -> None:
+        """`copies`: as how many allocations each of the timeline's leaves, by its place; without it, each as one."""
         self.timeline = timeline
         self.frontier = Frontier()
         self._link = link
         self._choices = choices
         self._effort = effort
+        self._copies = copies
         self._layouts: dict[Modes, Layout] = {}
         self._gone: dict[Point, frozenset[int]] = {}
         """Of what may leave, what did."""
@@ -63,6 +71,7 @@ class Search:
         )
         may = {place for key, place in self._place.items() if free[place] and key not in choices.bound}
         self._order = self._by_idleness(may)
+        self._thrift = Thrift(link, self._place, self.must, self._order) if costs_host(timeline, link) else None
         self.start: Modes = tuple(modes[0] for modes in choices.modes)
         self.base = self._try(self.start, self.must, float("inf"))
 
@@ -76,7 +85,8 @@ class Search:
             levels = [self.base.peak_bytes - step * number for number in range(1, _NUM_LEVELS)] + [smallest]
             for number, modes in enumerate(path):
                 # Something is left to each of the others, and to the improvement of what they find.
-                share = self._effort // (len(path) - number + 2 if number else min(len(path) + 2, 4))
+                first = 4 if self._thrift is None else 2
+                share = self._effort // (len(path) - number + 2 if number else min(len(path) + 2, first))
                 self._sweep(modes, levels, self._effort - share)
             self._improve()
             self._search_modes(levels)
@@ -95,7 +105,10 @@ class Search:
 
     def _layout(self, modes: Modes) -> Layout:
         if modes not in self._layouts:
-            self._layouts[modes] = lay_out(self.timeline, modes)
+            layout = self._layouts[modes] = lay_out(self.timeline, modes)
+            if self._copies is not None:
+                for item in layout.items:
+                    item.copies = self._copies[self._place[item.section, item.allocation.save]]
             self._effort -= 2 * len(self._held)
         return self._layouts[modes]
 
@@ -118,7 +131,8 @@ class Search:
             schedule = self._schedule(modes, flags, limit, pace, lazy)
             run.go(schedule)
             self._effort -= len(flags) + 3 * sum(flags) + 2 * len(layout.ms)
-            point = self._seen[key] = Point(run.now_ms, run.peak_bytes, modes, moved, limit, pace, lazy, run.slowed_ms)
+            beside_ms = run.slowed_ms + run.host_ms
+            point = self._seen[key] = Point(run.now_ms, run.peak_bytes, modes, moved, limit, pace, lazy, beside_ms)
             if self.frontier.add(point):
                 items, place = layout.items, self._place
                 self._gone[point] = frozenset(
@@ -203,6 +217,8 @@ class Search:
     def _worth(self, section: int, mode: Mode, other: Mode) -> float:
         """Bytes that are no longer saved, for a millisecond."""
         cost = recompute_time(self.timeline, section, other) - recompute_time(self.timeline, section, mode)
+        if mode == "save":
+            cost += opening_ms(self._layout(self.start), section)
         freed = sum(
             a.held_bytes
             for a in self.timeline.sections[section].allocations
@@ -216,6 +232,10 @@ class Search:
         Where the effort, down to `until`, does not suffice for that: the lowest level that costs no wait.
         """
         kept = self._try(modes, self.must, float("inf"))
+        if self._thrift is not None:
+            self._sweep_thriftily(self._thrift, modes, [level for level in levels if level < kept.peak_bytes], until)
+            if len(self._held) > _FEW:
+                return
         layout = self._layout(modes)
         floor_ms = sum(layout.ms)
         saved = {self._place[item.section, item.allocation.save] for item in layout.items}
@@ -252,6 +272,28 @@ class Search:
                 if more.ms >= point.ms:
                     break
                 point = more
+
+    def _sweep_thriftily(self, thrift: Thrift, modes: Modes, levels: list[float], until: int) -> None:
+        """For each level, and for some prices, the cheapest moves that can reach it; then dearer ones, as long as they
+        can be better."""
+        if self._effort < until:
+            return
+        layout = self._layout(modes)
+        floor_ms = sum(layout.ms)
+        for level in thrift.spread(modes, layout, levels):
+            if self._effort < until:
+                return
+            for moves_ms, moved in thrift.reaching(modes, layout, level):
+                best = self.frontier.within(level)
+                if self._effort < until or (best is not None and best.ms <= floor_ms + moves_ms + 1e-6):
+                    break
+                self._try(modes, moved, level)
+            best = self.frontier.within(level)
+            if best is not None and best.modes == modes and _waits(best, floor_ms):
+                for pace in _PACES[1:]:
+                    if self._try(modes, best.moved, level, pace).ms > best.ms * _HARDLY_FASTER:
+                        break
+            self._effort -= thrift.spent()
 
     def _lowest_without_wait(
         self, modes: Modes, levels: list[float], floor_ms: float, order: list[int], least: list[float], until: int
@@ -302,8 +344,15 @@ class Search:
             for other in self._choices.modes[section]
             if other != mode
         ]
-        boundary = sum(place in moved for place in self._order)
-        near = sorted(range(len(self._order)), key=lambda rank: abs(rank - boundary))[:_MOST_NEIGHBOURS]
+        order = self._order
+        if self._thrift is not None:
+            order = self._thrift.order(modes, self._layout(modes))
+            self._effort -= self._thrift.spent()
+            for other_moves in self._thrift.near(self._layout(modes), moved):
+                yield modes, other_moves, peak, point.pace, point.lazy
+                yield modes, other_moves, above, point.pace, point.lazy
+        boundary = sum(place in moved for place in order)
+        near = sorted(range(len(order)), key=lambda rank: abs(rank - boundary))[:_MOST_NEIGHBOURS]
         every = max(1, len(others) // _MOST_NEIGHBOURS)
         for section, other in others[::every]:
             changed = (*modes[:section], other, *modes[section + 1 :])
@@ -311,7 +360,7 @@ class Search:
             yield changed, moved, peak - 1, point.pace, point.lazy
             yield changed, moved, above, point.pace, point.lazy
         for rank in near:
-            toggled = moved ^ {self._order[rank]}
+            toggled = moved ^ {order[rank]}
             yield modes, toggled, peak, point.pace, point.lazy
             yield modes, toggled, peak - 1, point.pace, point.lazy
             yield modes, toggled, above, point.pace, point.lazy
@@ -325,6 +374,9 @@ class Search:
             for place in sorted(inside):
                 yield modes, moved, peak, point.pace, point.lazy ^ {place}
                 yield modes, moved, above, point.pace, point.lazy ^ {place}
+            if self._thrift is not None:  # small ones together may cost less than a large one does
+                for two in itertools.combinations(sorted(outside), 2):
+                    yield modes, moved.union(two), above, point.pace, point.lazy
             for section, other in others:
                 changed = (*modes[:section], other, *modes[section + 1 :])
                 for place in self._order:
