@@ -71,7 +71,8 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
     backward_at = {p.section: i for i, p in enumerate(timeline.phases) if p.direction == "backward"}
     extra = {}
     for index, (record, decided) in enumerate(zip(timeline.sections, plan.sections, strict=True)):
-        extra[index] = {"save": 0.0, "selective": record.selective_ms, "recompute": forward_ms[index]}[decided.mode]
+        whole = forward_ms[index] if record.recompute_ms is None else record.recompute_ms
+        extra[index] = {"save": 0.0, "selective": record.selective_ms, "recompute": whole}[decided.mode]
     things = {}
     for index, (record, decided) in enumerate(zip(timeline.sections, plan.sections, strict=True)):
         for a in record.allocations:
@@ -86,7 +87,7 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
         for key, thing in things.items()
     }
     seen = {thing.section for thing in things.values() if thing.move is not None}
-    seen |= {index for index, decided in enumerate(plan.sections) if decided.mode != "save"}
+    seen |= {index for index, decided in enumerate(plan.sections) if decided.mode == "selective"}
 
     def hurry():
         return bool(back.urgent) or (back.current is not None and back.hurries)
@@ -161,8 +162,10 @@ def step(timeline: Timeline, plan: Plan, link: Link, chunk: float = float("inf")
         for thing in things.values():
             a = thing.allocation
             own = thing.section == phase.section
-            if phase.direction == "forward" and own and thing.saved:
-                happenings.append((a.born_ms, 0, "birth", thing))
+            if phase.direction == "forward" and own:
+                happenings.append((a.born_ms, 0, "birth" if thing.saved else "reborn", thing))
+                if not thing.saved:
+                    happenings.append((phase.ms, 4, "death", thing))
             if phase.direction == "backward":
                 uses = [use for use in a.uses if use.section == phase.section]
                 if own and not thing.saved:
@@ -257,6 +260,7 @@ def random_timeline(rng: random.Random, *, num_sections: int | None = None, most
                 name=f"layers.{index}",
                 allocations=tuple(allocations),
                 selective_ms=rng.choice((None, rng.randint(1, forward[index]))),
+                recompute_ms=rng.choice((None, None, rng.randint(1, 2 * forward[index]))),
                 not_recomputed="a buffer changes" if rng.random() < 0.1 else None,
             )
         )

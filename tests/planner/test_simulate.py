@@ -114,7 +114,30 @@ def test_what_has_to_stay_and_what_is_computed_again_is_no_move():
     timeline = with_hooks(dataclasses.replace(timeline, sections=(marked, timeline.sections[1])))
     assert simulate(timeline, planned(moving(1), KEEP_1), link).stalls_ms.host == 0
     again = SectionPlan(name="layers.0", mode="recompute", moves=(Move(save=1, release_after=1),))
-    assert simulate(with_hooks(two_layers()), planned(again, KEEP_1), link).stalls_ms.host == 8.0
+    # Nor do its hooks: what little it saves is its inputs, and what its second forward costs is told with that.
+    assert simulate(with_hooks(two_layers()), planned(again, KEEP_1), link).stalls_ms.host == 0
+
+
+def test_what_computing_again_takes_is_the_forward_or_what_was_measured():
+    again = planned(SectionPlan(name="layers.0", mode="recompute"), KEEP_1)
+    timeline = two_layers()
+    assert simulate(timeline, again, LINK).stalls_ms.recompute == 10.0
+    measured = dataclasses.replace(timeline.sections[0], recompute_ms=13.0)
+    timeline = dataclasses.replace(timeline, sections=(measured, timeline.sections[1]))
+    assert simulate(timeline, again, LINK).stalls_ms.recompute == 13.0
+
+
+@pytest.mark.parametrize("mode", ["selective", "recompute"])
+def test_a_forward_has_what_it_makes_and_does_not_save_until_its_end(mode):
+    """Both sections make 1000 bytes; those of the first are gone when the second has made its own."""
+    cheap = dataclasses.replace(two_layers().sections[0].allocations[0], kind="pointwise")
+    timeline, plan = two_layers(), planned(SectionPlan(name="layers.0", mode=mode), KEEP_1)
+    first = dataclasses.replace(timeline.sections[0], allocations=(cheap,))
+    timeline = dataclasses.replace(timeline, sections=(first, timeline.sections[1]))
+    seen = simulate(timeline, plan, LINK)
+    kept = simulate(timeline, planned(KEEP_0, KEEP_1), LINK)
+    assert seen.phases[0].peak_bytes == kept.phases[0].peak_bytes
+    assert seen.phases[1].peak_bytes < kept.phases[1].peak_bytes
 
 
 def test_a_section_without_backward_has_hooks_in_its_forward_alone():

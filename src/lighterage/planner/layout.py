@@ -85,6 +85,8 @@ def recompute_time(timeline: Timeline, section: int, mode: Mode, forward_ms: flo
         if record.selective_ms is None:
             raise ValueError(f'section {section} ({record.name}) cannot have mode "selective": its time is not known.')
         return record.selective_ms
+    if record.recompute_ms is not None:
+        return record.recompute_ms
     if forward_ms is not None:
         return forward_ms
     return next(phase.ms for phase in timeline.phases if phase.direction == "forward" and phase.section == section)
@@ -127,13 +129,17 @@ def lay_out(timeline: Timeline, modes: Sequence[Mode]) -> Layout:
         own = backward.get(section)
         if record.hooks_forward_ms or record.hooks_backward_ms:
             costs = record.hooks_forward_ms, 0.0 if own is None else record.hooks_backward_ms
-            layout.hooks[section] = Hooks(begin, own, *costs, at_rest=mode == "save")
+            layout.hooks[section] = Hooks(begin, own, *costs, at_rest=mode != "selective")
         for allocation in record.allocations:
             born_ms = min(max(allocation.born_ms, 0.0), length)
             if is_saved(allocation, section, mode):
                 item = _saved(allocation, section, (begin, born_ms), timeline, modes, backward, again, length)
                 _enter(layout, item)
-            elif own is not None:
+                continue
+            # Its first forward makes it all the same, and has it until its end.
+            layout.events[begin].append((born_ms, REBORN, -1, allocation.held_bytes))
+            layout.events[begin].append((length, GONE, -1, allocation.held_bytes))
+            if own is not None:
                 # The second forward brings it back, in its place of that stretch, for this phase's own backward.
                 scale = again[section] / length if length else 0.0
                 end = layout.ms[own]

@@ -91,9 +91,12 @@ class SectionRecord:
     selective_ms: float | None = None
     """Time to compute again all but products and attention. None: not known, so that it is not considered."""
 
+    recompute_ms: float | None = None
+    """Time to compute it again as a whole; None: what its forward phase takes."""
+
     hooks_forward_ms: float = 0.0
     """What its forward phase takes longer where what it saves is seen: one of its allocations is moved, or its mode is
-    not `"save"`. The phases' times are without it."""
+    `"selective"`. The phases' times are without it."""
 
     hooks_backward_ms: float = 0.0
     """The same of its backward phase."""
@@ -247,8 +250,10 @@ def _check(timeline: Timeline) -> None:
             raise ValueError(f"section {index} ({section.name}) has no forward phase in the timeline.")
         if backward.get(index, len(timeline.phases)) < forward[index]:
             raise ValueError(f"section {index} ({section.name}) has its backward phase before its forward phase.")
-        if section.selective_ms is not None and not 0 <= section.selective_ms <= MOST_MS:
-            raise ValueError(f"selective_ms of section {index} ({section.name}) is a time; got {section.selective_ms}.")
+        for name in ("selective_ms", "recompute_ms"):
+            ms = getattr(section, name)
+            if ms is not None and not 0 <= ms <= MOST_MS:
+                raise ValueError(f"{name} of section {index} ({section.name}) is a time; got {ms}.")
         for name in ("hooks_forward_ms", "hooks_backward_ms"):
             if not 0 <= (ms := getattr(section, name)) <= MOST_MS:
                 raise ValueError(

@@ -131,6 +131,7 @@ def _most(timelines: list[Timeline]) -> Timeline:
                 allocations=tuple(allocations),
                 not_recomputed=next((v.not_recomputed for v in versions if v.not_recomputed is not None), None),
                 selective_ms=max(known) if len(known) == len(times) else None,
+                recompute_ms=max((v.recompute_ms for v in versions if v.recompute_ms is not None), default=None),
                 hooks_forward_ms=max(v.hooks_forward_ms for v in versions),
                 hooks_backward_ms=max(v.hooks_backward_ms for v in versions),
             )

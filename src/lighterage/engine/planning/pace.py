@@ -55,6 +55,7 @@ def _section(section: SectionRecord, factor: float) -> SectionRecord:
         section,
         allocations=tuple(_allocation(allocation, factor) for allocation in section.allocations),
         selective_ms=None if section.selective_ms is None else factor * section.selective_ms,
+        recompute_ms=None if section.recompute_ms is None else factor * section.recompute_ms,
         hooks_forward_ms=factor * section.hooks_forward_ms,
         hooks_backward_ms=factor * section.hooks_backward_ms,
     )

@@ -45,6 +45,9 @@ class SectionCosts(Protocol):
     @property
     def selective(self) -> float | None: ...
 
+    @property
+    def again(self) -> float | None: ...
+
 
 @dataclasses.dataclass
 class _Stretch:
@@ -89,7 +92,7 @@ def read_timeline(
     Args:
         logs: detailed and readable, at least one.
         first: the log in which products were told, for what can be computed again.
-        costs: by section, what its phases take at rest, and what hooks and selective recomputation take beside that.
+        costs: by section, what its phases take at rest, and what hooks and computing again take beside that.
         derives: the kinds of sections that derive what is cheap.
     """
     all_stretches = [_stretches(log) for log in logs]
@@ -212,6 +215,7 @@ def _section(
         allocations=tuple(allocations),
         not_recomputed=None if section.gap else reason,
         selective_ms=costs.selective if may_select and costs is not None else None,
+        recompute_ms=costs.again if reason is None and costs is not None else None,
         hooks_forward_ms=0.0 if costs is None else costs.hooks[0],
         hooks_backward_ms=0.0 if costs is None else costs.hooks[1],
     )

@@ -36,7 +36,7 @@ _NOISE = 0.025
 """Of a phase: what differs by less does not differ."""
 
 _LEAST_AGAIN = 0.02
-"""Of a section's forward: the least that selective recomputation is taken to cost."""
+"""Of a section's forward: the least that computing again is taken to cost."""
 
 _HOOKS_PART = 1 / 3
 """Of what moving sections take longer, where none was tried with hooks alone: what hooks are taken to cost. A save
@@ -56,6 +56,9 @@ class Costs:
     hooks: Pair = (0.0, 0.0)
     selective: float | None = None
     """What selective recomputation takes beside them; None: not tried."""
+
+    again: float | None = None
+    """What computing it again as a whole takes; None: not tried."""
 
     moves: float = 0.0
     """What moving all that one of them saves takes beside hooks."""
@@ -107,14 +110,14 @@ class Trial:
         if count < _LEAST_TO_MOVE:
             moved = set()
         self._roles.update(dict.fromkeys(sorted(moved), "moved"))
-        wanted: list[Role] = ["again", "selective"] if limited else ["selective", "bare", "hooked"]
+        wanted: list[Role] = ["again", "selective"] if limited else ["selective", "bare", "hooked", "again"]
         given: collections.Counter[Role] = collections.Counter()
         turn = 0
         for index in indices:
             for _ in wanted if index not in moved else ():
                 role = wanted[turn % len(wanted)]
                 turn += 1
-                full = given[role] == _MOST_OF_A_ROLE and role not in ("again", "hooked")
+                full = given[role] == _MOST_OF_A_ROLE and role != ("again" if limited else "hooked")
                 unable = (role == "selective" and index not in selective) or (role == "again" and index not in again)
                 if not (full or unable):
                     given[role] += 1
@@ -180,14 +183,14 @@ class Trial:
 
 
 def _costs(seen: Mapping[str, Pair], usual: Pair, num_moves: int) -> Costs:
-    bare = seen.get("bare")
-    if bare is None and "again" in seen:
-        forward, both = seen["again"]
-        bare = forward, max(both - forward, 0.0)
-    again = seen.get("selective")
+    bare, again = seen.get("bare"), seen.get("again")
+    if bare is None and again is not None:
+        # Its forward is nearly bare; its backward holds another one, of which the device may have hidden any part.
+        bare = min(again[0], usual[0]), usual[1]
+    selective = seen.get("selective")
     hooked = seen.get("hooked")
     if bare is None:
-        return Costs(selective=None if again is None else _selective(again, hooked or usual, usual))
+        return Costs(selective=None if selective is None else _again(selective, hooked or usual, usual))
     parts = _part(bare[0], usual[0]), _part(bare[1], usual[1])
     bare = parts[0] * usual[0], parts[1] * usual[1]
     hooks, moves = (0.0, 0.0), 0.0
@@ -203,7 +206,8 @@ def _costs(seen: Mapping[str, Pair], usual: Pair, num_moves: int) -> Costs:
     return Costs(
         parts=parts,
         hooks=hooks,
-        selective=None if again is None else _selective(again, _sum(bare, hooks), bare),
+        selective=None if selective is None else _again(selective, _sum(bare, hooks), bare),
+        again=None if again is None else _again(again, bare, bare),
         moves=moves,
         num_moves=num_moves,
     )
@@ -213,7 +217,7 @@ def _part(bare: float, usual: float) -> float:
     return bare / usual if bare < (1 - _NOISE) * usual else 1.0
 
 
-def _selective(again: Pair, without: Pair, bare: Pair) -> float:
+def _again(again: Pair, without: Pair, bare: Pair) -> float:
     """What it takes beyond `without`. It takes some time, whatever the noise says."""
     return max(_LEAST_AGAIN * bare[0], sum(again) - sum(without))
 
