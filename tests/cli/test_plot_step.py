@@ -65,6 +65,13 @@ def test_a_step_without_copies_says_so(tmp_path, texts):
     assert "nothing goes out" in said and "nothing goes in" in said and "no wait" in said
 
 
+def test_what_the_host_takes_for_moves_is_a_cause_of_its_own(tmp_path, texts):
+    timeline, link = decoder(4), dataclasses.replace(LINK, move_us=200.0)
+    seen = simulate(timeline, plan(timeline, link, Goal(max_slowdown=0.05, recompute="never")), link)
+    draw_step(seen, path=tmp_path / "step.png", title="moved")
+    assert f"{seen.stalls_ms.host:.1f} for the host's work on moves and hooks" in "\n".join(texts)
+
+
 def test_reloads_that_came_when_they_were_asked_for_are_counted_in_place(tmp_path, texts):
     timeline = decoder(4)
     made = plan(timeline, LINK, Goal(max_slowdown=3.0, recompute="never"))

@@ -209,3 +209,13 @@ def test_what_is_no_phase_in_some_rank_counts_to_the_phase_before_in_all() -> No
             ("backward", 0, 9.0),
         ]
         assert [p.work_bytes for p in found.phases] == [100, 600, 400, 300, 800, 800]
+
+
+def test_the_most_that_any_rank_says_of_its_host_counts() -> None:
+    def timeline(forward_ms: float, backward_ms: float) -> Timeline:
+        section = SectionRecord(name="layer", hooks_forward_ms=forward_ms, hooks_backward_ms=backward_ms)
+        return Timeline(sections=(section,), phases=(Phase(direction="forward", section=0, ms=5.0, work_bytes=0),))
+
+    assert agree._most([timeline(1.0, 4.0), timeline(2.0, 3.0)]) == timeline(2.0, 4.0)
+    links = [Link(out_bytes_per_s=1e9, in_bytes_per_s=1e9, both_bytes_per_s=1e9, move_us=us) for us in (80.0, 120.0)]
+    assert agree._slowest(links) == links[1]

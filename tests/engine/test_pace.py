@@ -58,6 +58,13 @@ def timeline_of(ms: float = 1.0) -> Timeline:
 def test_all_times_are_scaled_and_nothing_else() -> None:
     assert scaled(timeline_of(), 2.0) == timeline_of(2.0)
     assert scaled(timeline_of(), 1.0) == timeline_of()
+    hooked, longer = (
+        dataclasses.replace(timeline_of(ms).sections[0], hooks_forward_ms=0.5 * ms, hooks_backward_ms=0.7 * ms)
+        for ms in (1.0, 2.0)
+    )
+    timeline = timeline_of()
+    timeline = dataclasses.replace(timeline, sections=(hooked, *timeline.sections[1:]))
+    assert scaled(timeline, 2.0).sections[0] == longer
 
 
 def test_what_is_foreseen_of_a_scaled_timeline_computes_so_much_longer() -> None:

@@ -29,6 +29,25 @@ def test_json_gives_back_what_it_was_given(seed):
     assert Plan.from_json(made.to_json()) == made
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_json_keeps_what_the_host_is_said_to_cost(seed):
+    rng = random.Random(seed)
+    timeline, link = oracle.random_hooks(rng, oracle.random_timeline(rng)), oracle.random_link(rng, move_us=80.0)
+    assert any(section.hooks_forward_ms for section in timeline.sections)
+    assert Timeline.from_json(timeline.to_json()) == timeline
+    assert Link.from_json(link.to_json()) == link
+
+
+def test_json_without_what_the_host_costs_is_read_as_if_it_cost_nothing():
+    """As it was written before there were such fields."""
+    timeline, link = json.loads(decoder(2).to_json()), json.loads(LINK.to_json())
+    for section in timeline["sections"]:
+        del section["hooks_forward_ms"], section["hooks_backward_ms"]
+    del link["move_us"]
+    assert Timeline.from_json(json.dumps(timeline)) == decoder(2)
+    assert Link.from_json(json.dumps(link)) == LINK
+
+
 def test_json_keeps_what_people_read():
     made = plan(decoder(3), LINK, Goal(device_budget=9 * GIB))
     assert Plan.from_json(made.to_json()) == made
@@ -130,6 +149,21 @@ def test_a_selective_time_that_is_none_is_told(ms):
         Timeline(sections=(SectionRecord(name="L.0", selective_ms=ms),), phases=phases)
 
 
+@pytest.mark.parametrize("field", ["hooks_forward_ms", "hooks_backward_ms"])
+@pytest.mark.parametrize("ms", [-1.0, 1e16, float("nan"), float("inf")])
+def test_hooks_that_cost_no_time_that_there_is_are_told(field, ms):
+    phases = (Phase(direction="forward", section=0, ms=1.0, work_bytes=0),)
+    with pytest.raises(ValueError, match=rf"{field} of section 0 \(L\.0\) is a time, 0 where hooks cost nothing; got"):
+        Timeline(sections=(SectionRecord(name="L.0", **{field: ms}),), phases=phases)
+
+
+def test_what_a_move_costs_the_host_is_a_number_of_microseconds():
+    with pytest.raises(TypeError, match="move_us of a link is a number"):
+        dataclasses.replace(LINK, move_us="80")
+    with pytest.raises(ValueError, match=r"costs the host, in microseconds, 80\.0 for instance and 0 where the"):
+        dataclasses.replace(LINK, move_us=-80.0)
+
+
 def test_a_rate_that_is_no_number_is_told():
     with pytest.raises(TypeError, match="out_bytes_per_s of a link is a number"):
         Link(out_bytes_per_s="55e9", in_bytes_per_s=1.0, both_bytes_per_s=2.0)
@@ -170,6 +204,9 @@ def test_what_a_plan_says_twice_is_told_with_its_places_and_what_to_do():
         {"copy_us": 1e308},
         {"copy_us": 10**400},
         {"copy_us": float("nan")},
+        {"move_us": -1.0},
+        {"move_us": 1e16},
+        {"move_us": float("nan")},
     ],
 )
 def test_a_link_beyond_all_measure_is_refused(fields):
