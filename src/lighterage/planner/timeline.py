@@ -189,7 +189,7 @@ class Link:
                 raise TypeError(f"{name} of a link is a number, 55e9 for 55 GB/s; got {value!r}.")
         rates = (self.out_bytes_per_s, self.in_bytes_per_s, self.both_bytes_per_s)
         if not all(LEAST_BYTES_PER_S <= rate <= sys.float_info.max for rate in rates):
-            raise ValueError(f"a link carries some bytes each way, as 55e9 for 55 GB/s; got {self}.")
+            raise ValueError(f"a link carries some bytes each way, as 55e9 for 55 GB/s; got {rates}.")
         if not 0 <= self.copy_us <= MOST_COPY_US:
             raise ValueError(f"a copy takes some time beside its bytes, and no negative one; got {self}.")
         if not 0 <= self.compute_slowdown <= MOST_COMPUTE_SLOWDOWN:
