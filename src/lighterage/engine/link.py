@@ -65,6 +65,7 @@ def measure_link(
         copy_us=link.copy_us + disk.copy_us,
         name=name,
         compute_slowdown=link.compute_slowdown,
+        move_us=link.move_us,
     )
 
 

@@ -105,7 +105,14 @@ class Measurements:
 
     def _read(self, costs: dict[int, Costs]) -> Timeline:
         assert self._first is not None
-        return read_timeline(self.timed, self._first, device=_name(self._device), costs=costs, derives=self._derives)
+        return read_timeline(
+            self.timed,
+            self._first,
+            device=_name(self._device),
+            costs=costs,
+            others_part=self.trial.others_part(self.timed),
+            derives=self._derives,
+        )
 
     def recipes(self) -> dict[int, Recipe]:
         """How each section that a first step has told of is computed again."""

@@ -46,7 +46,7 @@ class Boundary:
         self.section = section
         self.at = at
         self.peak_bytes: int | None = None
-        """The peak of the phase that ended here."""
+        """The peak of the phase that ended here, or, as backward ends, of the step; None where it was not asked."""
         self.live_bytes = 0
         """Of what was recorded, here."""
         self.again_bytes = 0
@@ -56,7 +56,7 @@ class Boundary:
 class StepLog:
     """What is recorded of one step.
 
-    `detailed`: every allocation and each read of it too; otherwise the phases alone.
+    `detailed`: every allocation and each read of it too, and the peak of each phase; otherwise times alone, and one peak.
     """
 
     def __init__(self, clock: Clock, gauge: Gauge, *, detailed: bool) -> None:
@@ -77,11 +77,14 @@ class StepLog:
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
-    def _bound(self, direction: Direction, section: SectionLog | None) -> None:
+    def _bound(self, direction: Direction, section: SectionLog | None, *, ends: bool = False) -> None:
         with self._lock:
             boundary = Boundary(direction, section, self.clock.mark())
-            boundary.peak_bytes = self.gauge.peak()
-            self.gauge.start()
+            # To ask an allocator takes tens of microseconds: where the host is what phases wait for, that is told too.
+            if self.detailed or ends:
+                boundary.peak_bytes = self.gauge.peak()
+            if self.detailed:
+                self.gauge.start()
             self.boundaries.append(boundary)
             self.settle_live()
 
@@ -125,7 +128,7 @@ class StepLog:
 
     def _backward_ended(self) -> None:
         if not self.closed:
-            self._bound("other", None)
+            self._bound("other", None, ends=True)
 
     def close(self) -> None:
         """Nothing more belongs to this step."""

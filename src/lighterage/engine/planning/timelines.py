@@ -85,6 +85,7 @@ def read_timeline(
     *,
     device: str,
     costs: Mapping[int, SectionCosts],
+    others_part: float,
     derives: Collection[object],
 ) -> Timeline:
     """The timeline of a step that was measured `len(logs)` times; the shortest counts.
@@ -93,6 +94,7 @@ def read_timeline(
         logs: detailed and readable, at least one.
         first: the log in which products were told, for what can be computed again.
         costs: by section, what its phases take at rest, and what hooks and computing again take beside that.
+        others_part: of what passes between sections, what passes there where less is recorded.
         derives: the kinds of sections that derive what is cheap.
     """
     all_stretches = [_stretches(log) for log in logs]
@@ -105,7 +107,9 @@ def read_timeline(
             mine.ms = min(mine.ms, their.ms)
             mine.work_bytes = max(mine.work_bytes, their.work_bytes)
     for mine in stretches:
-        if mine.section is not None and (section_costs := costs.get(mine.section)) is not None:
+        if mine.section is None:
+            mine.ms *= others_part
+        elif (section_costs := costs.get(mine.section)) is not None:
             mine.ms *= section_costs.parts[mine.direction == "backward"]
     stretches = _without_moments(stretches)
     peaks = [b.peak_bytes for b in log.boundaries if b.peak_bytes is not None]
@@ -129,6 +133,11 @@ def read_timeline(
 def phase_ms(log: StepLog) -> dict[tuple[str, int], float]:
     """Milliseconds of each section's phases, waits for copies taken off."""
     return {(s.direction, s.section): s.ms for s in _stretches(log) if s.section is not None}
+
+
+def others_ms(log: StepLog) -> float:
+    """Milliseconds of the step that belong to no section."""
+    return sum(s.ms for s in _stretches(log) if s.section is None)
 
 
 def _stretches(log: StepLog) -> list[_Stretch]:

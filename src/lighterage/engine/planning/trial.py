@@ -11,7 +11,7 @@ from ...planner.plan import Fetch, Mode, Move, Plan, SectionPlan
 from ...planner.timeline import Timeline
 from .section_log import Role
 from .step_log import StepLog
-from .timelines import phase_ms
+from .timelines import others_ms, phase_ms
 
 # Note [What hooks and moves cost]
 # Where the host is what a step waits for, steps that are measured take longer than any other: every save of theirs is
@@ -24,7 +24,7 @@ from .timelines import phase_ms
 # are charged to those that have them. What differs by little is noise, and taken for none: a step that waits for its
 # device shows no difference at all.
 
-TRIAL_STEPS = 3
+TRIAL_STEPS = 5
 """On an accelerator. A CPU's steps are the host's in any case, and its trial is for what is computed again."""
 
 SELECTIVE_OF_A_CLASS = 3
@@ -32,6 +32,7 @@ _MOST_OF_A_ROLE = 2
 _LEAST_TO_MOVE = 4
 """Sections of a class below which none of them moves in the trial: then it is not known what that costs."""
 
+_LEAST_MS = 1e-6
 _NOISE = 0.025
 """Of a phase: what differs by less does not differ."""
 
@@ -158,6 +159,13 @@ class Trial:
         fetches = tuple(tuple(back) if number == turn else () for number in range(len(timeline.phases)))
         return Plan(sections=tuple(sections), fetches=fetches)
 
+    def others_part(self, timed: list[StepLog]) -> float:
+        """Of the time that passes between sections in `timed`, what passes there in the trial."""
+        if self._on_host or not self.logs:
+            return 1.0
+        usual, tried = (min(map(others_ms, logs), default=0.0) for logs in (timed, self.logs))
+        return min(1.0, tried / usual) if usual > 0 else 1.0
+
     def costs(self, usual: Mapping[int, Pair]) -> dict[object, Costs]:
         """What each class takes. `usual`: of sections in the steps that were measured."""
         seen: dict[object, dict[str, list[Pair]]] = collections.defaultdict(lambda: collections.defaultdict(list))
@@ -168,17 +176,21 @@ class Trial:
             # What became of it is what counts: one that was to be computed again may have been found not to be fit.
             roles = {section.role for log in self.logs for section in log.sections if section.index == index}
             times = [(ms["forward", index], ms["backward", index]) for ms in all_ms if _whole(ms, index)]
-            if len(roles) == 1 and times and (role := roles.pop()) is not None:
-                shortest = min(one for one, _ in times), min(one for _, one in times)
-                seen[self._classes[index]][role].append(shortest)
+            if len(roles) == 1 and times and index in usual and (role := roles.pop()) is not None:
+                # Places differ: the device slows down within a step. So each section is compared with itself.
+                forward = min(one for one, _ in times) / max(usual[index][0], _LEAST_MS)
+                backward = min(one for _, one in times) / max(usual[index][1], _LEAST_MS)
+                seen[self._classes[index]][role].append((forward, backward))
                 if role == "moved":
                     counts[self._classes[index]].append(told[index].num_moved)
         found = {}
         for one in set(self._classes.values()):
             normal = [usual[index] for index, kind in self._classes.items() if kind == one and index in usual]
             if normal:
-                roles_ms = {role: _median(times) for role, times in seen[one].items()}
-                found[one] = _costs(roles_ms, _median(normal), round(statistics.median(counts[one] or [0])))
+                forward, backward = _median(normal)
+                parts = {role: _median(each) for role, each in seen[one].items()}
+                roles_ms = {role: (part * forward, other * backward) for role, (part, other) in parts.items()}
+                found[one] = _costs(roles_ms, (forward, backward), round(statistics.median(counts[one] or [0])))
         return found
 
 
