@@ -56,7 +56,7 @@ class Boundary:
 class StepLog:
     """What is recorded of one step.
 
-    `detailed`: every allocation and each read of it too, and the peak of each phase; otherwise times alone, and one peak.
+    `detailed`: every allocation and each read of it too, and the peak of each phase; otherwise times, and one peak.
     """
 
     def __init__(self, clock: Clock, gauge: Gauge, *, detailed: bool) -> None:
