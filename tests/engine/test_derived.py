@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lighterage
@@ -139,6 +140,42 @@ def test_what_is_derived_is_alive_neither_between_forward_and_backward_nor_after
         assert calls.names.count("native_layer_norm") == 4
         assert calls.names.count("silu") == 4
         assert_nothing_left(offloader)
+
+
+class Looks(torch.autograd.Function):
+    """Passes on, and looks as backward comes to it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, look: Callable[[], None]) -> Tensor:
+        ctx.look = look
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.look()
+        return grad, None
+
+
+def test_what_backward_has_read_goes_while_the_rest_of_its_section_waits() -> None:
+    """Whatever is saved holds the hook that packed it: that must not hold what else the section has saved."""
+    saved: list[StorageWeakRef] = []
+    gone: list[bool] = []
+
+    def fn(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        x = Looks.apply(x.sin(), lambda: gone.append(saved[-1].expired()))
+        n = F.layer_norm(x, (WIDTH,))
+        g = n @ gate
+        saved.append(StorageWeakRef(g.untyped_storage()))
+        return x + (F.silu(g) * (n @ up)) @ down
+
+    _, model = pair(fn)
+    with offloaded(model) as offloader:
+        timeline = learn(model, offloader)
+        assert derived(timeline)
+        saved.clear()
+        gone.clear()
+        model.layers[0](rows()[0]).square().mean().backward()
+        assert gone == [True]
 
 
 def test_a_graph_that_is_kept_goes_again_and_holds_nothing_derived_meanwhile() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lighterage.engine.planning.trial import Costs, Trial, _costs
+from lighterage.engine.planning.trial import TRIAL_STEPS, Costs, Trial, _costs
 from lighterage.engine.sections import Section
 from lighterage.engine.traffic import Traffic
 from lighterage.planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
@@ -37,48 +37,59 @@ def timeline(count: int) -> Timeline:
     return Timeline(sections=sections, phases=(*forward, *backward))
 
 
-def roles(count: int, *, able: bool = True, limited: bool = False, on_host: bool = False) -> dict[int, str]:
+def chosen(count: int, *, able: bool = True, limited: bool = False, on_host: bool = False) -> Trial:
     trial = Trial(on_host=on_host)
     able_to = range(count) if able else ()
     trial.choose(dict.fromkeys(range(count), "layer"), able_to, able_to, limited=limited)
-    return dict(trial._roles)
+    return trial
+
+
+def roles(count: int, **how: bool) -> list[dict[int, str]]:
+    """Of each step."""
+    return [dict(step) for step in chosen(count, **how)._roles]
 
 
 # --- roles ------------------------------------------------------------------------------------------------------------
 
 
-def test_every_way_is_tried_twice_where_there_are_sections_enough() -> None:
-    assert sorted(roles(11).values()) == sorted(2 * ["moved", "selective", "bare", "hooked", "again"])
-    assert sorted(roles(9, able=False).values()) == ["bare"] * 2 + ["hooked"] * 4 + ["moved"] * 2
+def test_every_way_is_tried_in_each_step_and_by_every_section_in_some() -> None:
+    steps = roles(9)
+    assert len(steps) == TRIAL_STEPS
+    assert all(set(step.values()) == {"moved", "selective", "bare", "hooked", "again"} for step in steps)
+    for index in range(8):
+        assert len({step[index] for step in steps}) >= 3, "places do not speak for ways"
+    assert {role for step in roles(9, able=False) for role in step.values()} == {"moved", "bare", "hooked"}
 
 
 @pytest.mark.parametrize("limited", [False, True])
 @pytest.mark.parametrize("able", [False, True])
 @pytest.mark.parametrize("count", range(1, 14))
 def test_the_last_section_is_left_alone_and_none_moves_late(count: int, able: bool, limited: bool) -> None:
-    found = roles(count, able=able, limited=limited)
-    assert count - 1 not in found
-    assert all(2 * index < count - 1 for index, role in found.items() if role == "moved")
-    assert able or not {"selective", "again"} & set(found.values())
-    assert not (limited and {"bare", "hooked"} & set(found.values())), "what is kept takes room"
-    if count >= 4 and not limited:
-        assert {"bare", "hooked"} <= set(found.values()), "there is something to compare with"
+    steps = roles(count, able=able, limited=limited)
+    found = {role for step in steps for role in step.values()}
+    for step in steps:
+        assert count - 1 not in step
+        assert all(2 * index < count for index, role in step.items() if role == "moved")
+    assert able or not {"selective", "again"} & found
+    assert not (limited and {"bare", "hooked"} & found), "what is kept takes room"
+    if count >= 3 and not limited:
+        assert {"bare", "hooked"} <= found, "there is something to compare with"
     if count >= 3 and limited and able:
-        assert "again" in found.values()
+        assert "again" in found
 
 
 def test_on_a_cpu_nothing_but_computing_again_is_tried() -> None:
-    assert set(roles(9, on_host=True).values()) == {"selective"}
-    assert roles(9, on_host=True, able=False) == {}
+    assert [set(step.values()) for step in roles(9, on_host=True)] == [{"selective"}]
+    assert roles(9, on_host=True, able=False) == []
+    assert chosen(9, on_host=True, able=False).num_steps == 0
 
 
-def test_the_plan_of_the_trial_waits_for_nothing() -> None:
-    trial = Trial(on_host=False)
-    trial.choose(dict.fromkeys(range(9), "layer"), range(9), range(9), limited=False)
-    steps = timeline(9)
-    plan = trial.plan(steps)
+@pytest.mark.parametrize("step", range(TRIAL_STEPS))
+def test_the_plan_of_the_trial_waits_for_nothing(step: int) -> None:
+    trial, steps = chosen(9), timeline(9)
+    plan = trial.plan(steps, step)
     moved = [index for index, section in enumerate(plan.sections) if section.moves]
-    assert moved == sorted(index for index, role in trial._roles.items() if role == "moved")
+    assert moved == sorted(index for index, role in trial._roles[step].items() if role == "moved")
     for index in moved:
         assert index + plan.sections[index].moves[0].release_after == 8, "let go of as the last forward ends"
     assert [fetch.section for fetch in plan.fetches[9]] == moved[::-1], "asked for as backward begins, by need"
@@ -88,38 +99,53 @@ def test_the_plan_of_the_trial_waits_for_nothing() -> None:
 # --- costs ------------------------------------------------------------------------------------------------------------
 
 USUAL = (10.0, 20.0)
+WAITS, FORWARD_WAITS, COMPUTES = (True, True), (True, False), (False, False)
 
 
 def test_where_nothing_differs_nothing_costs() -> None:
     seen = {"bare": (9.9, 19.8), "hooked": (10.0, 20.1), "moved": (10.1, 20.2), "selective": (10.0, 20.7)}
-    found = _costs(seen, USUAL, 12)
-    assert found == Costs(selective=pytest.approx(0.7), num_moves=12)
+    assert _costs(seen, USUAL, WAITS, 12) == Costs(selective=pytest.approx(0.7), num_moves=12)
 
 
 def test_hooks_moves_and_what_is_computed_again_are_told_apart() -> None:
     seen = {"bare": (8.0, 16.0), "hooked": (9.0, 17.0), "moved": (10.0, 18.5), "selective": (9.5, 17.25)}
-    found = _costs(seen, USUAL, 10)
+    found = _costs(seen | {"again": (8.0, 25.0)}, USUAL, WAITS, 10)
     assert found.parts == pytest.approx((0.8, 0.8))
     assert found.hooks == pytest.approx((1.0, 1.0))
     assert found.moves == pytest.approx(2.5)
     assert found.selective == pytest.approx(0.75)
+    assert found.again == pytest.approx(9.0)
+
+
+def test_where_the_device_does_not_wait_for_its_host_what_differs_is_noise() -> None:
+    seen = {"bare": (8.0, 18.0), "hooked": (9.0, 19.0), "moved": (10.0, 21.0), "selective": (11.0, 20.25)}
+    assert _costs(seen, USUAL, COMPUTES, 10) == Costs(selective=pytest.approx(1.25), num_moves=10)
+    found = _costs(seen, USUAL, FORWARD_WAITS, 10)
+    assert found.parts == pytest.approx((0.8, 1.0))
+    assert found.hooks == pytest.approx((1.0, 0.0))
+    assert found.moves == pytest.approx(1.0)
+    assert found.selective == pytest.approx(2.0 + 1.25)
+    # What a whole section takes is then its forward, as the timeline has it.
+    assert _costs({"again": (12.0, 29.0), "bare": USUAL}, USUAL, COMPUTES, 0).again is None
 
 
 def test_under_a_budget_what_is_computed_again_tells_what_is_bare() -> None:
-    found = _costs({"again": (8.0, 25.0), "moved": (9.5, 21.5)}, USUAL, 10)
+    found = _costs({"again": (8.0, 25.0), "moved": (9.5, 21.5)}, USUAL, WAITS, 10)
     assert found.parts == pytest.approx((0.8, 1.0))
     assert found.hooks == pytest.approx((0.5, 0.5))
     assert found.moves == pytest.approx(2.0)
     assert found.again == pytest.approx(5.0)
     # The second forward may be hidden behind what the device has yet to do, and the first may take longer than usual.
-    found = _costs({"again": (12.0, 25.0)}, USUAL, 10)
+    found = _costs({"again": (12.0, 25.0)}, USUAL, WAITS, 10)
     assert found.parts == (1.0, 1.0)
     assert found.again == pytest.approx(7.0)
 
 
 def test_with_nothing_at_rest_times_are_as_they_were_measured() -> None:
-    assert _costs({"moved": (9.0, 17.0), "selective": (10.0, 21.0)}, USUAL, 3) == Costs(selective=1.0)
-    assert _costs({}, USUAL, 0) == Costs()
+    assert _costs({"moved": (9.0, 17.0), "selective": (10.0, 21.0)}, USUAL, WAITS, 3) == Costs(
+        selective=1.0, num_moves=3
+    )
+    assert _costs({}, USUAL, WAITS, 0) == Costs()
 
 
 # --- in steps ---------------------------------------------------------------------------------------------------------

@@ -185,8 +185,8 @@ class Autoplan:
             assert self._fault is not None
             self.events.step_begins(None, Run(self._fault.course), trial=True)
         elif self._stage is Stage.TRIAL:
-            if len(self._measurements.trial.logs) < self._measurements.trial.num_steps:
-                self.events.step_begins(self._new_log(detailed=False), Run(self._measurements.trial_course), trial=True)
+            if (course := self._measurements.trial_course()) is not None:
+                self.events.step_begins(self._new_log(detailed=False), Run(course), trial=True)
         elif self._stage is Stage.SIZING:
             self.events.step_begins(self._new_log(detailed=True), first=True)
         elif self._stage is Stage.TIMING and len(self._measurements.timed) < TIMED_STEPS:

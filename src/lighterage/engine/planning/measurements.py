@@ -29,8 +29,8 @@ class Measurements:
         self._costs: dict[object, Costs] = {}
         self._classes: dict[int, object] = {}
         """By section, what is the same for those that take the same time."""
-        self.trial_course: Course
-        """What the trial carries out, once its sections are chosen."""
+        self._before_trial: Timeline
+        """What the trial is planned for, once its sections are chosen."""
 
     def begin(self, first: StepLog) -> None:
         """Start with the log of a step that told sizes, and what can be computed again."""
@@ -60,10 +60,15 @@ class Measurements:
         # Moving takes longer than keeping.
         self._classes = {index: (section.kind, index in moved) for index, section in sections.items()}
         self.trial.choose(self._classes, selective, again, limited=limited)
-        timeline = self._read({})
-        self.trial_course = Course(
-            self.trial.plan(timeline), timeline, self.recipes(), reason=MEASURED, may_rest=self.trial.bare
-        )
+        self._before_trial = self._read({})
+
+    def trial_course(self) -> Course | None:
+        """What the next step of the trial carries out; None: they are over."""
+        timeline, step = self._before_trial, len(self.trial.logs)
+        if step >= self.trial.num_steps:
+            return None
+        plan, bare = self.trial.plan(timeline, step), self.trial.bare(step)
+        return Course(plan, timeline, self.recipes(), reason=MEASURED, may_rest=bare)
 
     def _find_derived(self) -> None:
         """Decide which kinds of sections derive what is cheap, as far as the first step has proven it."""

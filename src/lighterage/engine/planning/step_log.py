@@ -39,12 +39,14 @@ OTHERS_INSIDE = "other sections run inside it"
 class Boundary:
     """Where a phase begins, which is where the one before it ends."""
 
-    __slots__ = ("again_bytes", "at", "direction", "live_bytes", "peak_bytes", "section")
+    __slots__ = ("again_bytes", "at", "caught_up", "direction", "live_bytes", "peak_bytes", "section")
 
     def __init__(self, direction: Direction, section: SectionLog | None, at: Mark) -> None:
         self.direction: Direction = direction
         self.section = section
         self.at = at
+        self.caught_up = True
+        """Whether the device had begun the phase that ended here before all of it was issued: it waits for its host."""
         self.peak_bytes: int | None = None
         """The peak of the phase that ended here, or, as backward ends, of the step; None where it was not asked."""
         self.live_bytes = 0
@@ -80,6 +82,8 @@ class StepLog:
     def _bound(self, direction: Direction, section: SectionLog | None, *, ends: bool = False) -> None:
         with self._lock:
             boundary = Boundary(direction, section, self.clock.mark())
+            if self.boundaries:
+                boundary.caught_up = self.clock.passed(self.boundaries[-1].at)
             # To ask an allocator takes tens of microseconds: where the host is what phases wait for, that is told too.
             if self.detailed or ends:
                 boundary.peak_bytes = self.gauge.peak()

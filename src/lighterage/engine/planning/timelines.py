@@ -140,6 +140,16 @@ def others_ms(log: StepLog) -> float:
     return sum(s.ms for s in _stretches(log) if s.section is None)
 
 
+def waiting_phases(log: StepLog) -> dict[tuple[str, int], bool]:
+    """Of each section's phases, whether the device waited for its host in it."""
+    found: dict[tuple[str, int], bool] = {}
+    for here, there in zip(log.boundaries, log.boundaries[1:], strict=False):
+        if here.section is not None and here.section.index is not None:
+            key = (here.direction, here.section.index)
+            found[key] = there.caught_up and found.get(key, True)
+    return found
+
+
 def _stretches(log: StepLog) -> list[_Stretch]:
     waits: dict[int, float] = {}
     for num, wait in log.waits:

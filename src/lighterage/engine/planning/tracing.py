@@ -81,6 +81,12 @@ class Tracer(TorchDispatchMode):
         self._saved: dict[int, _Saved] = {}
         self._derivations: dict[int, Derivation] = {}
 
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        # Whatever is saved holds the hook that packed it, and with that this: it must not hold what else was saved.
+        for known in (self._made, self._refs, self._saved, self._derivations):
+            known.clear()
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)

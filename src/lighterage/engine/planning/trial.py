@@ -5,30 +5,28 @@ from __future__ import annotations
 import collections
 import dataclasses
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from ...planner.plan import Fetch, Mode, Move, Plan, SectionPlan
 from ...planner.timeline import Timeline
 from .section_log import Role
 from .step_log import StepLog
-from .timelines import others_ms, phase_ms
+from .timelines import others_ms, phase_ms, waiting_phases
 
 # Note [What hooks and moves cost]
 # Where the host is what a step waits for, steps that are measured take longer than any other: every save of theirs is
 # recorded, and under a budget all of it moves. A plan made for such times would spend what is not there. And what it
 # decides costs the host itself: hooks on each save of a section that does not rest, Python for each allocation that
 # moves. On blocks of experts in FP8 three moved sections of eight cost 8 of 109 ms, none of them for the device.
-# So in the trial sections of one class run side by side in each of the ways that a plan may choose: at rest, with
-# hooks, moving what they save, and computed again, in part or whole. Of each phase the shortest of some steps counts,
-# for an unquiet host is never too fast. The times of plans are those at rest; hooks, moves and what is computed again
-# are charged to those that have them. What differs by little is noise, and taken for none: a step that waits for its
-# device shows no difference at all.
+# So in the trial sections of one class run in each of the ways that a plan may choose: at rest, with hooks, moving what
+# they save, and computed again, in part or whole; in each step another one in another way, so that neither places in a
+# step nor moments of an unquiet host speak for a way. Each section is compared with itself as it was measured. Where
+# the device had its work before it wanted it, host time costs nothing, and what differs is noise.
 
-TRIAL_STEPS = 5
+TRIAL_STEPS = 6
 """On an accelerator. A CPU's steps are the host's in any case, and its trial is for what is computed again."""
 
 SELECTIVE_OF_A_CLASS = 3
-_MOST_OF_A_ROLE = 2
 _LEAST_TO_MOVE = 4
 """Sections of a class below which none of them moves in the trial: then it is not known what that costs."""
 
@@ -36,8 +34,13 @@ _LEAST_MS = 1e-6
 _NOISE = 0.025
 """Of a phase: what differs by less does not differ."""
 
+_ROLES_TO_WAIT: tuple[Role, ...] = ("bare", "hooked", "moved")
+
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that computing again is taken to cost."""
+
+_MOSTLY = 0.5
+"""Of the phases of a class: where the device waits for its host in more than so many, it does in all."""
 
 _HOOKS_PART = 1 / 3
 """Of what moving sections take longer, where none was tried with hooks alone: what hooks are taken to cost. A save
@@ -73,7 +76,8 @@ class Trial:
     def __init__(self, *, on_host: bool) -> None:
         """`on_host`: whether the steps are the host's."""
         self._on_host = on_host
-        self._roles: dict[int, Role] = {}
+        self._roles: list[dict[int, Role]] = []
+        """Of each step."""
         self._classes: dict[int, object] = {}
         self.logs: list[StepLog] = []
 
@@ -90,62 +94,41 @@ class Trial:
         """
         self.logs = []
         self._classes = dict(classes)
-        self._roles = {}
         alike: dict[object, list[int]] = collections.defaultdict(list)
         for index in sorted(classes):
             if self._on_host or index != max(classes):  # backward begins with that one, and is not like the others
                 alike[classes[index]].append(index)
+        self._roles = [{} for _ in range(1 if self._on_host else TRIAL_STEPS)]
         for indices in alike.values():
             if self._on_host:
                 may = [index for index in indices if index in selective]
-                self._roles.update(dict.fromkeys(_spread(may, SELECTIVE_OF_A_CLASS), "selective"))
-            else:
-                self._share_out(indices, selective, again, limited=limited)
+                self._roles[0].update(dict.fromkeys(_spread(may, SELECTIVE_OF_A_CLASS), "selective"))
+                continue
+            able: dict[Role, Collection[int]] = {"selective": selective, "again": again}
+            wanted: list[Role] = ["again", "selective"] if limited else ["selective", "bare", "hooked", "again"]
+            for step, roles in enumerate(self._roles):
+                roles.update(_share_out(indices, wanted, able, step))
+        if not any(self._roles):
+            self._roles = []
 
-    def _share_out(
-        self, indices: list[int], selective: Collection[int], again: Collection[int], *, limited: bool
-    ) -> None:
-        count = len(indices)
-        # Not late ones, which would be waited for where backward begins.
-        moved = {indices[count // 3], indices[count // 6]} if count >= 6 else set(indices[:1])
-        if count < _LEAST_TO_MOVE:
-            moved = set()
-        self._roles.update(dict.fromkeys(sorted(moved), "moved"))
-        wanted: list[Role] = ["again", "selective"] if limited else ["selective", "bare", "hooked", "again"]
-        given: collections.Counter[Role] = collections.Counter()
-        turn = 0
-        for index in indices:
-            for _ in wanted if index not in moved else ():
-                role = wanted[turn % len(wanted)]
-                turn += 1
-                full = given[role] == _MOST_OF_A_ROLE and role != ("again" if limited else "hooked")
-                unable = (role == "selective" and index not in selective) or (role == "again" and index not in again)
-                if not (full or unable):
-                    given[role] += 1
-                    self._roles[index] = role
-                    break
-
-    @property
-    def bare(self) -> frozenset[int]:
-        """The sections that rest."""
-        return frozenset(index for index, role in self._roles.items() if role == "bare")
+    def bare(self, step: int) -> frozenset[int]:
+        """The sections that rest in that step of the trial."""
+        return frozenset(index for index, role in self._roles[step].items() if role == "bare")
 
     @property
     def num_steps(self) -> int:
         """So many steps are for the trial."""
-        if not self._roles:
-            return 0
-        return 1 if self._on_host else TRIAL_STEPS
+        return len(self._roles)
 
-    def plan(self, timeline: Timeline) -> Plan:
-        """What the steps of the trial do: nothing is waited for, so that they go at the pace of steps under a plan."""
+    def plan(self, timeline: Timeline, step: int) -> Plan:
+        """What that step of the trial does: nothing is waited for, so that it goes at the pace of planned steps."""
         modes: dict[Role, Mode] = {"selective": "selective", "again": "recompute"}
         forward = {p.section: number for number, p in enumerate(timeline.phases) if p.direction == "forward"}
         turn = next((n for n, p in enumerate(timeline.phases) if p.direction == "backward"), len(timeline.phases))
         sections: list[SectionPlan] = []
         back: list[Fetch] = []
         for index, record in enumerate(timeline.sections):
-            role = self._roles.get(index)
+            role = self._roles[step].get(index)
             moves = record.allocations if role == "moved" else ()
             after = max(0, turn - 1 - forward.get(index, 0))
             sections.append(
@@ -169,69 +152,106 @@ class Trial:
     def costs(self, usual: Mapping[int, Pair]) -> dict[object, Costs]:
         """What each class takes. `usual`: of sections in the steps that were measured."""
         seen: dict[object, dict[str, list[Pair]]] = collections.defaultdict(lambda: collections.defaultdict(list))
+        waits: dict[object, list[tuple[bool, bool]]] = collections.defaultdict(list)
         counts: dict[object, list[int]] = collections.defaultdict(list)
-        told = {section.index: section for log in self.logs for section in log.sections}
-        all_ms = [phase_ms(log) for log in self.logs]
-        for index in self._roles if self.logs else ():
-            # What became of it is what counts: one that was to be computed again may have been found not to be fit.
-            roles = {section.role for log in self.logs for section in log.sections if section.index == index}
-            times = [(ms["forward", index], ms["backward", index]) for ms in all_ms if _whole(ms, index)]
-            if len(roles) == 1 and times and index in usual and (role := roles.pop()) is not None:
-                # Places differ: the device slows down within a step. So each section is compared with itself.
-                forward = min(one for one, _ in times) / max(usual[index][0], _LEAST_MS)
-                backward = min(one for _, one in times) / max(usual[index][1], _LEAST_MS)
-                seen[self._classes[index]][role].append((forward, backward))
+        for log, roles in zip(self.logs, self._roles, strict=False):
+            ms, waiting = phase_ms(log), waiting_phases(log)
+            for section in log.sections:
+                index = section.index
+                if index is None or index not in roles or index not in usual or not _whole(ms, index):
+                    continue
+                one = self._classes[index]
+                # What became of it is what counts: one that was to be computed again may not have been fit for it.
+                role = section.role or "hooked"
+                forward, backward = usual[index]
+                seen[one][role].append(
+                    (ms["forward", index] / max(forward, _LEAST_MS), ms["backward", index] / max(backward, _LEAST_MS))
+                )
+                if role in _ROLES_TO_WAIT:
+                    waits[one].append((waiting["forward", index], waiting["backward", index]))
                 if role == "moved":
-                    counts[self._classes[index]].append(told[index].num_moved)
+                    counts[one].append(section.num_moved)
         found = {}
         for one in set(self._classes.values()):
             normal = [usual[index] for index, kind in self._classes.items() if kind == one and index in usual]
             if normal:
-                forward, backward = _median(normal)
-                parts = {role: _median(each) for role, each in seen[one].items()}
+                forward, backward = _each(normal, statistics.median)
+                parts = {role: _each(each, statistics.median) for role, each in seen[one].items()}
                 roles_ms = {role: (part * forward, other * backward) for role, (part, other) in parts.items()}
-                found[one] = _costs(roles_ms, (forward, backward), round(statistics.median(counts[one] or [0])))
+                waiting_parts = _each([(float(f), float(b)) for f, b in waits[one]] or [(1.0, 1.0)], statistics.mean)
+                found[one] = _costs(
+                    roles_ms,
+                    (forward, backward),
+                    (waiting_parts[0] > _MOSTLY, waiting_parts[1] > _MOSTLY),
+                    round(statistics.median(counts[one] or [0])),
+                )
         return found
 
 
-def _costs(seen: Mapping[str, Pair], usual: Pair, num_moves: int) -> Costs:
-    bare, again = seen.get("bare"), seen.get("again")
-    if bare is None and again is not None:
-        # Its forward is nearly bare; its backward holds another one, of which the device may have hidden any part.
-        bare = min(again[0], usual[0]), usual[1]
-    selective = seen.get("selective")
-    hooked = seen.get("hooked")
-    if bare is None:
-        return Costs(selective=None if selective is None else _again(selective, hooked or usual, usual))
-    parts = _part(bare[0], usual[0]), _part(bare[1], usual[1])
-    bare = parts[0] * usual[0], parts[1] * usual[1]
+def _share_out(
+    indices: list[int], wanted: list[Role], able: Mapping[Role, Collection[int]], step: int
+) -> dict[int, Role]:
+    """The roles of one class of sections in one step of the trial."""
+    roles: dict[int, Role] = {}
+    if len(indices) >= _LEAST_TO_MOVE:
+        # Not late ones, which would be waited for where backward begins.
+        early = indices[: len(indices) // 2]
+        for number in range(1 if len(indices) < 6 else 2):
+            roles[early[(step + number * max(1, len(early) // 2)) % len(early)]] = "moved"
+    turn = step
+    for index in indices:
+        for _ in wanted if index not in roles else ():
+            role = wanted[turn % len(wanted)]
+            turn += 1
+            if role not in able or index in able[role]:
+                roles[index] = role
+                break
+    return roles
+
+
+def _costs(seen: Mapping[str, Pair], usual: Pair, waiting: tuple[bool, bool], num_moves: int) -> Costs:
+    """What the ways of one class cost. `waiting`: whether the device waits for its host, in forward and in backward."""
+    bare, hooked, moved = (seen.get(role) for role in ("bare", "hooked", "moved"))
+    selective, again = seen.get("selective"), seen.get("again")
+    # With hooks, or computed again, a forward is nearly bare; no backward is, and its bounds differ from way to way.
+    rests = [one for one in (bare, hooked, again) if one is not None]
+    least = min((one[0] for one in rests), default=usual[0]), usual[1] if bare is None else bare[1]
+    parts = _where(waiting, (_part(least[0], usual[0]), _part(least[1], usual[1])), (1.0, 1.0))
+    base = parts[0] * usual[0], parts[1] * usual[1]
     hooks, moves = (0.0, 0.0), 0.0
-    moved = seen.get("moved")
     if hooked is not None:
-        hooks = _beyond(hooked, bare)
+        hooks = _where(waiting, _beyond(hooked, base))
         if moved is not None:
-            moves = sum(_beyond(moved, _sum(bare, hooks)))
-    elif moved is not None:
-        beyond = _beyond(moved, bare)
+            moves = sum(_where(waiting, _beyond(moved, _sum(base, hooks))))
+    elif moved is not None and rests:
+        beyond = _where(waiting, _beyond(moved, base))
         hooks = (_HOOKS_PART * beyond[0], _HOOKS_PART * beyond[1])
         moves = sum(beyond) - sum(hooks)
+    # Where the host is not waited for, a forward takes what it takes, and a backward what the device computes more.
+    beside = hooked or bare or moved or usual
     return Costs(
         parts=parts,
         hooks=hooks,
-        selective=None if selective is None else _again(selective, _sum(bare, hooks), bare),
-        again=None if again is None else _again(again, bare, bare),
+        selective=None if selective is None else _again(selective, base, hooks, beside, waiting),
+        again=None if again is None or not any(waiting) else _again(again, base, (0.0, 0.0), beside, waiting),
         moves=moves,
         num_moves=num_moves,
     )
 
 
+def _again(seen: Pair, base: Pair, hooks: Pair, beside: Pair, waiting: tuple[bool, bool]) -> float:
+    """What it takes beyond base and hooks. It takes some time, whatever the noise says."""
+    forward = seen[0] - base[0] - hooks[0] if waiting[0] else 0.0
+    backward = seen[1] - (base[1] + hooks[1] if waiting[1] else beside[1])
+    return max(_LEAST_AGAIN * base[0], forward + backward)
+
+
+def _where(waiting: tuple[bool, bool], one: Pair, other: Pair = (0.0, 0.0)) -> Pair:
+    return (one[0] if waiting[0] else other[0]), (one[1] if waiting[1] else other[1])
+
+
 def _part(bare: float, usual: float) -> float:
     return bare / usual if bare < (1 - _NOISE) * usual else 1.0
-
-
-def _again(again: Pair, without: Pair, bare: Pair) -> float:
-    """What it takes beyond `without`. It takes some time, whatever the noise says."""
-    return max(_LEAST_AGAIN * bare[0], sum(again) - sum(without))
 
 
 def _beyond(one: Pair, other: Pair) -> Pair:
@@ -244,8 +264,8 @@ def _sum(one: Pair, other: Pair) -> Pair:
     return one[0] + other[0], one[1] + other[1]
 
 
-def _median(times: list[Pair]) -> Pair:
-    return statistics.median(one for one, _ in times), statistics.median(one for _, one in times)
+def _each(pairs: list[Pair], of: Callable[[list[float]], float]) -> Pair:
+    return of([one for one, _ in pairs]), of([one for _, one in pairs])
 
 
 def _whole(ms: Mapping[tuple[str, int], float], index: int) -> bool:
