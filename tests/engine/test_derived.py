@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,7 +21,7 @@ from lighterage.engine.planning.room import Room
 from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
 from lighterage.planner.timeline import Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
-from tests.engine.programs import Layer, Stack, assert_nothing_left
+from tests.engine.programs import Layer, Stack, Storages, assert_nothing_left
 
 WIDTH = 32
 KIB = 1024
@@ -103,6 +103,27 @@ def never_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lighterage.engine.planning.recompute.checkpoint", refuse)
 
 
+@pytest.fixture
+def proven(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What is derived in the first step has the bits that were saved: nothing is found out there that was not known."""
+    yield from all_proven(monkeypatch)
+
+
+def all_proven(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    found: list[Tensor] = []
+    compare = proofs._differences
+
+    def kept(a: Tensor, b: Tensor) -> list[Tensor]:
+        differs = compare(a, b)
+        found.extend(differs)
+        return differs
+
+    monkeypatch.setattr(proofs, "_differences", kept)
+    yield
+    assert found
+    assert not any(map(bool, found))
+
+
 # --- what is derived ------------------------------------------------------------------------------------------------
 
 
@@ -178,7 +199,22 @@ def test_what_backward_has_read_goes_while_the_rest_of_its_section_waits() -> No
         assert gone == [True]
 
 
-def test_a_graph_that_is_kept_goes_again_and_holds_nothing_derived_meanwhile() -> None:
+def test_a_graph_that_is_kept_holds_nothing_derived() -> None:
+    alive = []
+    plain, model = pair()
+    with offloaded(model) as offloader:
+        learn(model, offloader)
+        for one in (plain, model):
+            one.zero_grad(set_to_none=True)
+            loss, storages = one(rows()[0]).square().mean(), Storages()
+            with storages:
+                loss.backward(retain_graph=True)
+            alive.append(storages.alive())
+            del loss
+    assert alive[0] == alive[1] > 0, "gradients"
+
+
+def test_a_graph_that_is_kept_goes_again() -> None:
     plain, model = pair()
     with offloaded(model) as offloader:
         learn(model, offloader, moves=True)
@@ -212,6 +248,7 @@ def test_second_derivatives_are_those_without_offload() -> None:
         assert_nothing_left(offloader)
 
 
+@pytest.mark.usefixtures("proven", "never_again")
 @pytest.mark.parametrize("inside", [False, True], ids=["backward outside", "backward inside"])
 def test_operators_are_called_below_autocast_as_they_were(inside: bool) -> None:
     plain, model = pair()
@@ -279,6 +316,7 @@ def by_index(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return x + y.index_select(0, order).sin().gather(0, order[:, None].expand_as(y)) @ b
 
 
+@pytest.mark.usefixtures("proven", "never_again")
 @pytest.mark.parametrize("moves", [False, True])
 @pytest.mark.parametrize(
     ("fn", "shapes"),
@@ -333,8 +371,37 @@ def test_what_an_autograd_function_has_computed_is_saved() -> None:
     expected = train(plain, rows(), 3)
     with offloaded(model) as offloader:
         timeline = learn(model, offloader)
-        labels = {a.save: a.kind for a in timeline.sections[1].allocations}
-        assert "other" in labels.values()
+        # The input, what the Function was given, has computed and gave; and of the last, a sine and a product.
+        kinds = [a.kind for a in timeline.sections[1].allocations]
+        assert kinds == ["input", "other", "other", "other", "pointwise", "pointwise"]
+        assert_equal(expected, train(model, rows(), 3))
+
+
+class Turned(torch.autograd.Function):
+    """Writes to what it is given as a kernel does, and gives a view of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        write_unseen(x)
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+@pytest.mark.usefixtures("proven", "never_again")
+def test_what_an_autograd_function_gives_of_what_it_was_given_is_saved() -> None:
+    def fn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        turned = Turned.apply((x @ a).sigmoid() + 1.0)
+        n = F.layer_norm(x, (WIDTH,))
+        return x + turned.square() @ b + F.silu(n @ a) @ b
+
+    plain, model = pair(fn, (WIDTH, WIDTH), (WIDTH, WIDTH))
+    expected = train(plain, rows(), 3)
+    with offloaded(model) as offloader:
+        timeline = learn(model, offloader)
+        assert derived(timeline)
         assert_equal(expected, train(model, rows(), 3))
 
 

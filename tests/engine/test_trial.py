@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lighterage.engine.planning import trial as trial_module
 from lighterage.engine.planning.trial import TRIAL_STEPS, Costs, Trial, _costs
 from lighterage.engine.sections import Section
 from lighterage.engine.traffic import Traffic
@@ -177,6 +178,21 @@ def test_what_hooks_and_moves_take_in_steps_is_found(monkeypatch: pytest.MonkeyP
     assert all(section.hooks_backward_ms == 0.0 for section in steps.sections)
     assert steps.step_ms == pytest.approx(9 * 30e3, rel=0.02)
     assert link.move_us == pytest.approx(0.5e6, rel=0.1)
+
+
+def test_where_the_device_is_never_waiting_hooks_and_moves_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = trial_module.waiting_phases
+    monkeypatch.setattr(trial_module, "waiting_phases", lambda log: dict.fromkeys(waiting(log), False))
+    _, model = models(num_layers=9)
+    hooks_take(1.0, monkeypatch)
+    moves_take(0.5, monkeypatch)
+    with offload(model, max_slowdown=10.0, recompute="never") as offloader:
+        planned(model, offloader)
+        steps, link = offloader.timeline, offloader._opener._auto._link  # type: ignore[union-attr]
+        assert steps is not None and link is not None
+    assert link.move_us == 0
+    assert all(section.hooks_forward_ms == 0 for section in steps.sections)
+    assert steps.step_ms > 9 * 30e3, "as it was measured"
 
 
 @pytest.mark.parametrize("policy", [{"max_slowdown": 1.0}, {"device_budget": "500KiB"}])
