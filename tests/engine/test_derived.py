@@ -18,6 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import lighterage
 from lighterage import Offloader
 from lighterage.engine.planning import proofs, timelines
+from lighterage.engine.planning.derived import Derivation, Made, Source
+from lighterage.engine.planning.origins import is_cheap
 from lighterage.engine.planning.room import Room
 from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
 from lighterage.planner.timeline import Timeline
@@ -98,6 +100,16 @@ class Calls(TorchDispatchMode):
         if isinstance(first, Tensor):
             self.made[name].append(StorageWeakRef(first.untyped_storage()))
         return out
+
+
+class Here:
+    """A handle of what is there."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._tensor = tensor
+
+    def unpack(self) -> Tensor:
+        return self._tensor
 
 
 @pytest.fixture
@@ -310,7 +322,7 @@ def written_source(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     y = x @ a
     s = y.relu()  # saves its result, not y
     y.mul_(2.0)
-    return x + (s * y.tanh()) @ b
+    return x + (s * y) @ b + (s * s).tanh() @ b
 
 
 def by_index(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -345,6 +357,41 @@ def test_views_casts_and_writes_give_the_same_bits(
         assert derived(timeline)
         assert_equal(expected, train(model, rows(), 3))
         assert_nothing_left(offloader)
+
+
+def test_which_operators_are_cheap() -> None:
+    aten = torch.ops.aten
+    for op in (
+        aten.silu.default,
+        aten.mul.Tensor,
+        aten._to_copy.default,
+        aten.native_layer_norm.default,
+        aten.cat.default,
+    ):
+        assert is_cheap(op)
+    dear = (aten.mm.default, aten.convolution.default, aten._scaled_dot_product_flash_attention_for_cpu.default)
+    random = (aten.bernoulli.p, aten.native_dropout.default, aten.rand_like.default)
+    writes = (aten.relu_.default, aten.add_.Tensor, aten.copy_.default)
+    unordered = (aten.index_add.default, aten.scatter_add.default, aten.cumsum.default)
+    for op in (*dear, *random, *writes, *unordered, aten.empty_like.default):
+        assert not is_cheap(op)
+
+
+def test_an_operator_is_called_again_below_autocast() -> None:
+    x = torch.randn(4, 4)
+    source = Source(Here(x), 0, 0, x.dtype, x.shape, x.stride())
+    made = Made(torch.ops.aten.mm.default, [], {}, None, x.dtype, x.shape, x.stride(), 0, 0, "cpu", x.nbytes)
+    with torch.autocast("cpu", torch.bfloat16):
+        again = Derivation(made, [source, source], {}, lasting=False).unpack()
+    assert torch.equal(again, x @ x)
+
+
+def test_an_operator_that_gives_something_else_says_what_to_do() -> None:
+    x = torch.randn(4, 4)
+    source = Source(Here(x), 0, 0, x.dtype, x.shape, x.stride())
+    made = Made(torch.ops.aten.sin.default, [], {}, None, x.dtype, torch.Size((2, 8)), (8, 1), 0, 0, "cpu", x.nbytes)
+    with pytest.raises(lighterage.OffloadError, match='a setting that has changed since.*or pass recompute="never"'):
+        Derivation(made, [source], {}, lasting=False).unpack()
 
 
 # --- what is not ----------------------------------------------------------------------------------------------------
