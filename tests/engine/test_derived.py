@@ -320,9 +320,10 @@ def in_place(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def written_source(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     y = x @ a
-    s = y.relu()  # saves its result, not y
+    s = y * 1.5  # saves nothing
     y.mul_(2.0)
-    return x + (s * y) @ b + (s * s).tanh() @ b
+    t = y * y  # saves what y has become
+    return x + (s * t).tanh() @ b + t.sin() @ b
 
 
 def by_index(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -390,7 +391,7 @@ def test_an_operator_that_gives_something_else_says_what_to_do() -> None:
     x = torch.randn(4, 4)
     source = Source(Here(x), 0, 0, x.dtype, x.shape, x.stride())
     made = Made(torch.ops.aten.sin.default, [], {}, None, x.dtype, torch.Size((2, 8)), (8, 1), 0, 0, "cpu", x.nbytes)
-    with pytest.raises(lighterage.OffloadError, match='a setting that has changed since.*or pass recompute="never"'):
+    with pytest.raises(lighterage.OffloadError, match=r'a setting that has changed since.*or pass recompute="never"'):
         Derivation(made, [source], {}, lasting=False).unpack()
 
 
