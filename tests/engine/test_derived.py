@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 import lighterage
 from lighterage import Offloader
@@ -21,6 +21,7 @@ from lighterage.engine.planning import proofs, timelines
 from lighterage.engine.planning.derived import Derivation, Made, Source
 from lighterage.engine.planning.origins import is_cheap
 from lighterage.engine.planning.room import Room
+from lighterage.engine.planning.tracing import Tracer
 from lighterage.planner.plan import Fetch, Move, Plan, SectionPlan
 from lighterage.planner.timeline import Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, train
@@ -519,6 +520,165 @@ def test_small_sums_of_large_tensors_are_saved() -> None:
         timeline = learn(model, offloader)
         kinds = {a.label: a.kind for a in timeline.sections[1].allocations}
     assert kinds["(64, 1) float32"] != "pointwise", "the norm's mean takes as long as the norm"
+
+
+# --- what runs inside a section ---------------------------------------------------------------------------------------
+
+
+def test_operators_that_take_functions_run() -> None:
+    def fn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        h = F.silu(x @ a)
+        with torch.no_grad():
+            chosen = torch.cond(h.sum() > 0, lambda t: t.sin(), lambda t: t.cos(), (h,))
+        return x + (h * chosen) @ b
+
+    plain, model = pair(fn, (WIDTH, WIDTH), (WIDTH, WIDTH))
+    expected = train(plain, rows(), 3)
+    with offloaded(model) as offloader:
+        learn(model, offloader, moves=True)
+        assert_equal(expected, train(model, rows(), 3))
+
+
+def test_functions_that_are_compiled_stay_compiled() -> None:
+    calls: list[int] = []
+
+    def backend(graph: Any, examples: Any) -> Any:
+        def run(*args: Any) -> Any:
+            calls.append(1)
+            return graph(*args)
+
+        return run
+
+    @torch.compile(backend=backend)
+    def act(y: Tensor) -> Tensor:
+        return F.silu(y) * y.tanh()
+
+    plain, model = pair(lambda x, a, b: x + act(x @ a) @ b, (WIDTH, WIDTH), (WIDTH, WIDTH))
+    expected = train(plain, rows(), 1)
+    assert len(calls) == 4
+    with offloaded(model) as offloader:
+        for _ in range(STEPS_TO_PLAN + 2):
+            calls.clear()
+            assert_equal(expected, train(model, rows(), 1))
+            assert len(calls) >= 4
+        learn(model, offloader)
+        assert_equal(expected, train(model, rows(), 1))
+    torch._dynamo.reset()
+
+
+class Freed(nn.Module):
+    """Its scale has memory in its forward, and when backward comes to what it gave, as sharded parameters have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(WIDTH, WIDTH) / 4)
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+        self._full = (torch.empty(0),)
+
+    def _fill(self) -> None:
+        storage = self.scale.untyped_storage()
+        if storage.nbytes() == 0:
+            storage.resize_(4 * WIDTH)
+            with torch.no_grad(), torch.autograd._unsafe_preserve_version_counter(self.scale):
+                self.scale.copy_(self._full[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._fill()
+        self._full[0].resize_(WIDTH).copy_(self.scale.detach())
+        y = (x @ self.a) * self.scale
+        self.scale.untyped_storage().resize_(0)
+        if y.requires_grad:
+            y.register_hook(lambda grad: self._fill())
+        return x + y.tanh() @ self.a
+
+
+def test_an_operand_without_memory_is_noticed_before_it_is_read() -> None:
+    torch.manual_seed(0)
+    plain = Stack([Freed() for _ in range(3)])
+    model = copy.deepcopy(plain)
+
+    expected = train(plain, rows(), 1)
+    with offloaded(model):
+        assert_equal(expected, train(model, rows(), 1))  # the first step, which compares
+    x = torch.randn(4, 4)
+    source = Source(Here(x), 0, 0, x.dtype, x.shape, x.stride())
+    x.untyped_storage().resize_(0)
+    with pytest.raises(lighterage.OffloadError, match="has no memory when backward needs it"):
+        source.tensor()
+
+
+def chain(k: int) -> Fn:
+    def fn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = x @ a
+        for _ in range(k):
+            y = y * y.tanh()
+        return x + y @ b
+
+    return fn
+
+
+def test_one_handle_computes_nothing_twice_where_nothing_is_kept() -> None:
+    _, model = pair(chain(10), (WIDTH, WIDTH), (WIDTH, WIDTH))
+    with offloaded(model) as offloader:
+        learn(model, offloader)
+        loss, calls = model(rows()[0]).square().mean(), Calls()
+        with calls:
+            loss.backward(retain_graph=True)
+    # Each of some 20 handles a section calls at most the 20 operators before it; they were two to the tenth.
+    assert calls.names.count("tanh") <= 4 * 20 * 10
+
+
+def test_long_chains_are_cut_where_pythons_stack_would_end() -> None:
+    def fn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        y = x @ a
+        for _ in range(240):
+            y = y.tanh()
+        return x + y @ b
+
+    plain, model = pair(fn, (WIDTH, WIDTH), (WIDTH, WIDTH))
+    expected = train(plain, rows(), 1)
+    with offloaded(model) as offloader:
+        timeline = learn(model, offloader)
+        assert 200 < len(derived(timeline)) < 240
+
+        def deeper(frames: int) -> None:
+            if frames:
+                deeper(frames - 1)
+            else:
+                assert_equal(expected, train(model, rows(), 1))
+
+        deeper(600)
+
+
+def test_a_write_that_only_computing_again_minds_says_so() -> None:
+    def fn(x: Tensor, a: Tensor, scale: Tensor) -> Tensor:
+        return x + (x @ a * scale) @ a
+
+    _, model = pair(fn, (WIDTH, WIDTH), (WIDTH,))
+    with offloaded(model) as offloader:
+        timeline = learn(model, offloader)
+        assert derived(timeline)
+        loss = model(rows()[0]).square().mean()
+        a, scale = model.layers[-1].weights
+        torch.autograd.grad(loss, scale, retain_graph=True)
+        with torch.no_grad():
+            scale.add_(1.0)
+        with pytest.raises(RuntimeError, match=r'inplace operation.*compute again.*recompute="never"'):
+            torch.autograd.grad(loss, a)
+
+
+def test_a_tracer_leaves_whatever_an_interrupt_has_left_of_it() -> None:
+    tracer = Tracer()
+    tracer.__exit__(None, None, None)  # before it was entered
+    tracer.__enter__()
+    tracer.drop()
+    tracer.drop()
+    assert _get_current_dispatch_mode() is None
+    tracer.__enter__()
+    for flags in ("old_dispatch_mode_flags", "old_non_infra_dispatch_mode_flags"):
+        getattr(tracer, flags).clear()  # in the middle of its exit
+    tracer.drop()
+    assert _get_current_dispatch_mode() is None
 
 
 # --- steps that change ----------------------------------------------------------------------------------------------

@@ -291,7 +291,9 @@ class SectionScope(contextlib.AbstractContextManager[LiveSection | None]):
         """End the section without copying anything more of it, whatever of its beginning and its end was done."""
         if self.running is None:
             return
-        section, _, recorder, hooks, _ = self.running
+        section, around, recorder, hooks, _ = self.running
+        if (drop := getattr(around, "drop", None)) is not None:
+            drop()
         if isinstance(hooks, HooksPutBy):
             hooks.put_back()
         else:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import SAC_IGNORED_OPS
@@ -113,6 +114,13 @@ class _Store:
 class _Keeping(TorchDispatchMode):
     """Runs around the forward: puts by what it is told to."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Under any other mode torch.compile gives up what runs inside, for good."""
+        return True
+
     def __init__(self, store: _Store, choose: Choose, again_if_overwritten: Callable[[Hold], bool]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
@@ -122,7 +130,7 @@ class _Keeping(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if func in SAC_IGNORED_OPS:
+        if func in SAC_IGNORED_OPS or isinstance(func, HigherOrderOperator):
             return out
         entries = self._store.entries[func]
         hold = self._choose(func, len(entries), args, kwargs, out)
@@ -158,6 +166,13 @@ class _Plain:
 class _HandingOut(TorchDispatchMode):
     """Runs around the recomputation: gives what was put by instead of computing it."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Under any other mode torch.compile gives up what runs inside, for good."""
+        return True
+
     def __init__(self, store: _Store) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._store = store
@@ -170,7 +185,7 @@ class _HandingOut(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in SAC_IGNORED_OPS:
+        if func in SAC_IGNORED_OPS or isinstance(func, HigherOrderOperator):
             return func(*args, **kwargs)
         number = self._counts[func]
         self._counts[func] += 1

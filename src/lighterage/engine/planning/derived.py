@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,15 @@ from ..scopes import Unpackable
 from ..views import byte_range
 
 _NOTHING = contextlib.nullcontext()
+
+
+class _Asked(threading.local):
+    """What was computed for the handle that is asked now: each once, whoever of the others needs it too."""
+
+    done: dict[int, torch.Tensor] | None = None
+
+
+_asked = _Asked()
 
 
 class Made(NamedTuple):
@@ -51,6 +61,12 @@ class Source(NamedTuple):
 
     def tensor(self) -> torch.Tensor:
         whole = self.origin.unpack()
+        # Some free the memory of parameters between their forward and their backward, which no version tells.
+        if whole.untyped_storage().nbytes() < byte_range(whole, whole.nbytes)[1]:
+            raise OffloadError(
+                f"a {tuple(whole.shape)} {whole.dtype} tensor has no memory when backward needs it, to compute again "
+                'what was not saved. Fill it before, or pass recompute="never".'
+            )
         return _view(whole, self.lo - self.origin_lo, self.size, self.stride)
 
 
@@ -65,10 +81,11 @@ class Derivation:
     """One call of an operator, that gives what was not saved. All handles of the same memory share one.
 
     What it gives is kept until the last of them is gone, so that three products that read one norm call it once. Not
-    where backward may come again, nor for other streams than the one that it was computed on.
+    where backward may come again, nor for other streams than the one that it was computed on. For one handle nothing is
+    computed twice in any case.
     """
 
-    __slots__ = ("_args", "_kept", "_kwargs", "_lasting", "made")
+    __slots__ = ("_args", "_kept", "_kwargs", "_lasting", "depth", "made")
 
     def __init__(self, made: Made, args: list[Any], kwargs: dict[str, Any], *, lasting: bool) -> None:
         """`args` and `kwargs` have a `Source` in the place of each tensor. `lasting`: others may ask for it too."""
@@ -77,6 +94,8 @@ class Derivation:
         self._kwargs = kwargs
         self._lasting = lasting
         self._kept: tuple[torch.Tensor, int, object] | None = None
+        self.depth = 1 + max(map(_depth, (*args, *kwargs.values())), default=0)
+        """So many operators are called one inside another."""
 
     def unpack(self) -> torch.Tensor:
         """The operator's result, of the bits that it had in forward."""
@@ -85,6 +104,9 @@ class Derivation:
             tensor, version, stream = kept
             if tensor._version == version and stream == _stream(tensor.device):
                 return tensor
+        done = {} if _asked.done is None else _asked.done
+        if id(self) in done:
+            return done[id(self)]
         made = self.made
         with torch.no_grad():
             args = [_filled(value) for value in self._args]
@@ -101,6 +123,7 @@ class Derivation:
             )
         if self._lasting and _goes_once():
             self._kept = result, result._version, _stream(result.device)
+        done[id(self)] = result
         return result
 
 
@@ -108,6 +131,12 @@ def _filled(value: Any) -> Any:
     if isinstance(value, Source):
         return value.tensor()
     return [_filled(one) for one in value] if isinstance(value, list) else value
+
+
+def _depth(value: Any) -> int:
+    if isinstance(value, list):
+        return max(map(_depth, value), default=0)
+    return value.origin.depth if isinstance(value, Source) and isinstance(value.origin, Derivation) else 0
 
 
 def _goes_once() -> bool:
@@ -132,5 +161,16 @@ class Derived:
         self._stride = tensor.stride()
 
     def unpack(self) -> torch.Tensor:
-        derivation = self._derivation
-        return _view(derivation.unpack(), self._lo - derivation.made.lo, self._size, self._stride)
+        derivation, outer = self._derivation, _asked.done
+        if outer is None:
+            _asked.done = {}
+        try:
+            whole = derivation.unpack()
+        except RuntimeError as error:
+            if outer is not None or isinstance(error, OffloadError) or "inplace operation" not in str(error):
+                raise
+            hint = f'{error} It was read to compute again what was not saved; with recompute="never" that is saved.'
+            raise RuntimeError(hint) from None
+        finally:
+            _asked.done = outer
+        return _view(whole, self._lo - derivation.made.lo, self._size, self._stride)

@@ -11,7 +11,8 @@ operands are looked up: those that were saved too serve as sources, and those th
 saved itself where that leads nowhere, and where anybody has written to it, or to an operand, since: version counters
 tell. They do not tell of kernels that write without PyTorch's knowledge. So what operators gave inside an
 `autograd.Function` is never derived, nor is what one of those has returned; and in the first step, whose saves are all
-there, what was derived is compared with them, bit by bit (`proofs.py`).
+there, what was derived is compared with them, bit by bit (`proofs.py`). That sees one moment: who begins to write
+through `.data` or an alias of another library after the first step is not noticed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode
 
 from ..scopes import Pack, Unpackable
 from ..sections import Section
@@ -33,6 +34,9 @@ from .origins import is_cheap, made_by_custom_function
 
 _MOST_OPERATORS = 16
 """That are called for one save."""
+
+_MOST_DEEP = 24
+"""Operators that are called one inside another, each in some frames of Python's stack."""
 
 _MOST_READ = 4
 """Bytes that an operator reads for one that it gives: sums are small, and take as long as what they are taken of."""
@@ -71,6 +75,13 @@ class _Untraceable(Exception):
 class Tracer(TorchDispatchMode):
     """Notes, around the forward of one section, which cheap operators make what. It holds no tensor's memory."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Under any other mode torch.compile gives up what runs inside, for good."""
+        return True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.paused = False
@@ -81,8 +92,17 @@ class Tracer(TorchDispatchMode):
         self._saved: dict[int, _Saved] = {}
         self._derivations: dict[int, Derivation] = {}
 
+    def drop(self) -> None:
+        """Take it off the calling thread's modes, if it is the one that was entered last. Harmless when repeated."""
+        if _get_current_dispatch_mode() is self:
+            try:
+                self.__exit__(None, None, None)
+            except IndexError:  # an interrupt came in the middle of it before
+                _pop_mode()
+
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        if _get_current_dispatch_mode() is self:  # else an interrupt came before it was entered
+            super().__exit__(*error)  # type: ignore[no-untyped-call]
         # Whatever is saved holds the hook that packed it, and with that this: it must not hold what else was saved.
         for known in (self._made, self._refs, self._saved, self._derivations):
             known.clear()
@@ -191,7 +211,10 @@ class Tracer(TorchDispatchMode):
             raise _Untraceable
         args = [self._found(value, left) for value in made.args]
         kwargs = {name: self._found(value, left) for name, value in made.kwargs.items()}
-        return Derivation(made, args, kwargs, lasting=lasting)
+        found = Derivation(made, args, kwargs, lasting=lasting)
+        if found.depth > _MOST_DEEP:
+            raise _Untraceable
+        return found
 
     def _found(self, value: Any, left: list[int]) -> Any:
         """`value` with what gives its tensor in the place of each operand."""
@@ -200,7 +223,7 @@ class Tracer(TorchDispatchMode):
         if not isinstance(value, _Operand):
             return value
         derived = self._derivations.get(value.key)
-        if derived is not None and value.made is not None:
+        if derived is not None and value.made is not None and derived.made.dtype is value.dtype:
             return Source(derived, derived.made.lo, value.lo, value.dtype, value.size, value.stride)
         saved = self._saved.get(value.key)
         if (

@@ -30,7 +30,6 @@ SELECTIVE_OF_A_CLASS = 3
 _LEAST_TO_MOVE = 4
 """Sections of a class below which none of them moves in the trial: then it is not known what that costs."""
 
-_LEAST_MS = 1e-6
 _NOISE = 0.025
 """Of a phase: what differs by less does not differ."""
 
@@ -164,9 +163,9 @@ class Trial:
                 # What became of it is what counts: one that was to be computed again may not have been fit for it.
                 role = section.role or "hooked"
                 forward, backward = usual[index]
-                seen[one][role].append(
-                    (ms["forward", index] / max(forward, _LEAST_MS), ms["backward", index] / max(backward, _LEAST_MS))
-                )
+                if not (forward > 0 and backward > 0):
+                    continue
+                seen[one][role].append((ms["forward", index] / forward, ms["backward", index] / backward))
                 if role in _ROLES_TO_WAIT:
                     waits[one].append((waiting["forward", index], waiting["backward", index]))
                 if role == "moved":

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -117,6 +118,13 @@ def _change_of(before: tuple[_Values, _Values, _Values], now: tuple[_Values, _Va
 class ProductTeller(TorchDispatchMode):
     """Notes which products a section's forward computes, and whether it writes over one of them."""
 
+    supports_higher_order_operators = True
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Under any other mode torch.compile gives up what runs inside, for good."""
+        return True
+
     def __init__(self, log: SectionLog, num_saves: Callable[[], int]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._log = log
@@ -136,7 +144,7 @@ class ProductTeller(TorchDispatchMode):
                     product.take(tensor)
                     self._known.update(product.keys)
             self._log.products.append(product)
-        elif self._known and func._schema.is_mutable:
+        elif self._known and not isinstance(func, HigherOrderOperator) and func._schema.is_mutable:
             for number, argument in enumerate(func._schema.arguments):
                 info = argument.alias_info
                 if info is None or not info.is_write:
