@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 import lighterage
 from lighterage import Offloader
-from lighterage.engine.planning import proofs, timelines
+from lighterage.engine.planning import proofs, timelines, tracing
 from lighterage.engine.planning.derived import Derivation, Made, Source
 from lighterage.engine.planning.origins import is_cheap
 from lighterage.engine.planning.room import Room
@@ -628,7 +628,16 @@ def test_one_handle_computes_nothing_twice_where_nothing_is_kept() -> None:
     assert calls.names.count("tanh") <= 4 * 20 * 10
 
 
-def test_long_chains_are_cut_where_pythons_stack_would_end() -> None:
+def test_long_chains_are_cut_before_pythons_stack_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    depths: list[int] = []
+
+    class Told(Derivation):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            depths.append(self.depth)
+
+    monkeypatch.setattr(tracing, "Derivation", Told)
+
     def fn(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         y = x @ a
         for _ in range(240):
@@ -639,7 +648,8 @@ def test_long_chains_are_cut_where_pythons_stack_would_end() -> None:
     expected = train(plain, rows(), 1)
     with offloaded(model) as offloader:
         timeline = learn(model, offloader)
-        assert 200 < len(derived(timeline)) < 240
+        assert 200 < len(derived(timeline)) < 239, "all but the last would be"
+        depths.clear()
 
         def deeper(frames: int) -> None:
             if frames:
@@ -648,6 +658,7 @@ def test_long_chains_are_cut_where_pythons_stack_would_end() -> None:
                 assert_equal(expected, train(model, rows(), 1))
 
         deeper(600)
+    assert max(depths) == tracing._MOST_DEEP
 
 
 def test_a_write_that_only_computing_again_minds_says_so() -> None:
