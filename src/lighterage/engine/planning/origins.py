@@ -16,6 +16,18 @@ _VIEW_NAMES = (
 _VIEWS = frozenset(f"{name}Backward{number}" for name in _VIEW_NAMES.split() for number in range(4))
 _PRODUCTS = ("Mm", "Addmm", "Bmm", "Baddbmm", "Convolution", "ScaledDotProduct", "ScaledMm", "GroupedMm", "Mv", "Dot")
 
+
+def _overloads(names: str) -> frozenset[object]:
+    """Every form of these operators that this PyTorch has, but for those that write to a tensor they are given."""
+    return frozenset(
+        getattr(packet, overload)
+        for name in names.split()
+        if (packet := getattr(torch.ops.aten, name, None)) is not None
+        for overload in packet.overloads()
+        if "out" not in overload and "dtype" not in overload
+    )
+
+
 _OP_NAMES = (
     "mm addmm bmm baddbmm convolution _convolution _scaled_mm _scaled_mm_v2 _grouped_mm _scaled_grouped_mm "
     "_scaled_grouped_mm_v2 _scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
@@ -23,13 +35,7 @@ _OP_NAMES = (
     "_scaled_dot_product_fused_attention_overrideable _flash_attention_forward _efficient_attention_forward "
     "_cudnn_attention_forward"
 )
-PRODUCT_OPS: frozenset[object] = frozenset(
-    getattr(packet, overload)
-    for name in _OP_NAMES.split()
-    if (packet := getattr(torch.ops.aten, name, None)) is not None
-    for overload in packet.overloads()
-    if "out" not in overload and "dtype" not in overload
-)
+PRODUCT_OPS = _overloads(_OP_NAMES)
 """The operators that are dear to compute: products of matrices, convolutions and attention."""
 
 
@@ -39,13 +45,7 @@ _CHEAP_NAMES = (
     "_fused_rms_norm native_layer_norm native_group_norm _softmax _log_softmax _to_copy cat stack repeat flip roll "
     "tril triu constant_pad_nd sum mean amax amin var_mean linalg_vector_norm index_select gather"
 )
-_CHEAP_OPS: frozenset[object] = frozenset(
-    getattr(packet, overload)
-    for name in _CHEAP_NAMES.split()
-    if (packet := getattr(torch.ops.aten, name, None)) is not None
-    for overload in packet.overloads()
-    if "out" not in overload
-)
+_CHEAP_OPS = _overloads(_CHEAP_NAMES)
 
 
 @functools.cache
