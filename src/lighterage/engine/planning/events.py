@@ -107,7 +107,6 @@ class Events:
                 elif why_never(module, call) is not None:
                     orders.mode = "save"
                 else:
-                    orders.derives = True
                     around = orders.tracer = Tracer()
         if log is None:
             return around

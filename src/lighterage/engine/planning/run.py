@@ -23,7 +23,6 @@ class PlannedOrders(Orders):
         "_taken",
         "called",
         "course",
-        "derives",
         "mode",
         "read_twice",
         "tracer",
@@ -38,8 +37,6 @@ class PlannedOrders(Orders):
         self._taken: dict[int, list[weakref.ref[Allocation]]] = {}
         self.course = course
         self.mode = course.mode
-        self.derives = False
-        """Whether its forward runs once, and what is cheap is derived from what is saved."""
         self.tracer: Tracer | None = None
         """What tells how, until its forward has begun."""
         self.read_twice: Callable[[], None] | None = None
@@ -67,6 +64,11 @@ class PlannedOrders(Orders):
         elif self._runs_again:
             save = self._planned(save)
         self._taken.setdefault(save, []).append(weakref.ref(allocation))
+
+    @property
+    def derives(self) -> bool:
+        """Whether its forward runs once, and what is cheap is derived from what is saved."""
+        return self.mode != "save" and bool(self.course.derived)
 
     @property
     def _runs_again(self) -> bool:
