@@ -12,7 +12,7 @@ from .step_log import StepLog
 
 # What passes between two sections in less than this part of the step is no phase of its own.
 _NO_PHASE = 0.0005
-# Of the bytes that running a forward again frees, the least for which deriving is preferred: that costs a third.
+# Of the bytes that running a forward again frees, the least for which deriving is preferred: that costs half.
 _ENOUGH = 0.7
 
 

@@ -26,7 +26,7 @@ from .timelines import others_ms, phase_ms, waiting_phases
 TRIAL_STEPS = 6
 """On an accelerator. A CPU's steps are the host's in any case, and its trial is for what is computed again."""
 
-SELECTIVE_OF_A_CLASS = 3
+_SELECTIVE_OF_A_CLASS = 3
 _LEAST_TO_MOVE = 4
 """Sections of a class below which none of them moves in the trial: then it is not known what that costs."""
 
@@ -42,8 +42,8 @@ _MOSTLY = 0.5
 """Of the phases of a class: where the device waits for its host in more than so many, it does in all."""
 
 _HOOKS_PART = 1 / 3
-"""Of what moving sections take longer, where none was tried with hooks alone: what hooks are taken to cost. A save
-costs some 15 µs, and there are three for each allocation that moves, at 80 to 100 µs."""
+"""Of what moving sections take longer, where none was tried with hooks alone: what hooks are taken to cost. In a block
+of experts, 33 saves at 12 to 18 µs beside 19 allocations that move, at 80 to 110 µs: between a fifth and a third."""
 
 Pair = tuple[float, float]
 """Of a section's forward and of its backward."""
@@ -101,7 +101,7 @@ class Trial:
         for indices in alike.values():
             if self._on_host:
                 may = [index for index in indices if index in selective]
-                self._roles[0].update(dict.fromkeys(_spread(may, SELECTIVE_OF_A_CLASS), "selective"))
+                self._roles[0].update(dict.fromkeys(_spread(may, _SELECTIVE_OF_A_CLASS), "selective"))
                 continue
             able: dict[Role, Collection[int]] = {"selective": selective, "again": again}
             wanted: list[Role] = ["again", "selective"] if limited else ["selective", "bare", "hooked", "again"]
