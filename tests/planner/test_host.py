@@ -16,7 +16,14 @@ from lighterage.planner.simulate import simulate
 from lighterage.planner.timeline import Link, Phase, SavedAllocation, SectionRecord, Timeline, Use
 from tests.planner import brute, oracle
 from tests.planner.decoder import GIB, LINK, MIB, decoder
-from tests.planner.test_plan import frontier_of, many_allocations, small_case, small_copies, worst_ratio
+from tests.planner.test_plan import (
+    frontier_of,
+    larger_is_never_worse,
+    many_allocations,
+    small_case,
+    small_copies,
+    worst_ratio,
+)
 
 COSTS = [(500.0, False), (0.0, True), (500.0, True), (3000.0, True)]
 """Microseconds for each move, and whether hooks cost something."""
@@ -112,19 +119,7 @@ def test_what_was_found_is_what_the_simulator_says(seed, move_us, hooks):
 def test_a_larger_budget_or_price_never_gives_a_worse_plan(seed):
     rng = random.Random(seed)
     timeline, link = dear(oracle.random_timeline(rng), oracle.random_link(rng), seed, 500.0, True)
-    peaks = [point.peak_bytes for point in frontier_of(timeline, link)]
-    last = float("inf")
-    for budget in sorted({rng.randint(min(peaks), max(peaks) + 100) for _ in range(4)} | {min(peaks)}):
-        seen = simulate(timeline, plan(timeline, link, Goal(device_budget=budget)), link)
-        assert seen.peak_bytes <= budget
-        assert seen.step_ms <= last + 1e-6
-        last = seen.step_ms
-    last = float("inf")
-    for price in (0.0, 0.05, 0.5):
-        seen = simulate(timeline, plan(timeline, link, Goal(max_slowdown=price)), link)
-        assert seen.step_ms <= timeline.step_ms * (1 + price) + 1e-6
-        assert seen.peak_bytes <= last
-        last = seen.peak_bytes
+    larger_is_never_worse(rng, timeline, link)
 
 
 @pytest.mark.parametrize(
