@@ -5,8 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
+from lighterage.engine.ledger import Row
 from lighterage.engine.planning import trial as trial_module
+from lighterage.engine.planning.clock import Gauge, HostClock
+from lighterage.engine.planning.section_log import SectionLog
+from lighterage.engine.planning.step_log import StepLog
+from lighterage.engine.planning.timelines import waiting_phases
 from lighterage.engine.planning.trial import TRIAL_STEPS, Costs, Trial, _costs
 from lighterage.engine.sections import Section
 from lighterage.engine.traffic import Traffic
@@ -95,6 +101,53 @@ def test_the_plan_of_the_trial_waits_for_nothing(step: int) -> None:
         assert index + plan.sections[index].moves[0].release_after == 8, "let go of as the last forward ends"
     assert [fetch.section for fetch in plan.fetches[9]] == moved[::-1], "asked for as backward begins, by need"
     assert sum(map(len, plan.fetches)) == len(moved)
+
+
+# --- what is recorded -------------------------------------------------------------------------------------------------
+
+
+class Asked(Gauge):
+    """An allocator that counts questions."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.num_asked = 0
+
+    def peak(self) -> int:
+        self.num_asked += 1
+        return 1000 * self.num_asked
+
+
+class Behind(HostClock):
+    """The clock of a device that has not begun what was issued last."""
+
+    def passed(self, mark: object) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("detailed", [False, True])
+def test_an_allocator_is_asked_at_each_boundary_only_where_every_phase_has_a_peak(detailed: bool) -> None:
+    gauge = Asked()
+    log = StepLog(HostClock(), gauge, detailed=detailed)
+    before = gauge.num_asked
+    for name in ("one", "two"):
+        section = SectionLog(name, False, Row(name, False))
+        log.entered(section)
+        log.left(section)
+    assert gauge.num_asked - before == (4 if detailed else 0)
+    log._backward_ended()
+    assert gauge.num_asked - before == (5 if detailed else 1)
+    assert log.boundaries[-1].peak_bytes == 1000 * gauge.num_asked, "the step's, or its last phase's"
+
+
+@pytest.mark.parametrize(("clock", "waits"), [(HostClock(), True), (Behind(), False)])
+def test_a_device_waits_for_its_host_where_it_has_begun_what_is_not_yet_issued(clock: HostClock, waits: bool) -> None:
+    log = StepLog(clock, Asked(), detailed=False)
+    section = SectionLog("one", False, Row("one", False))
+    section.index = 0
+    log.entered(section)
+    log.left(section)
+    assert waiting_phases(log) == {("forward", 0): waits}
 
 
 # --- costs ------------------------------------------------------------------------------------------------------------
