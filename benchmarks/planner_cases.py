@@ -116,6 +116,8 @@ def goals(
             row = {"mode": name, "refused": str(error), "smallest_bytes": error.smallest_bytes}
         except Exception as error:  # one that fails must not stop the others
             row = {"mode": name, "failed": f"{type(error).__name__}: {str(error)[:300]}"}
+        mode = None  # its twin has buffers of its own, which the next goal's peak must not count
+        gc.collect()
         if bench.device.type == "cuda":
             torch.cuda.empty_cache()
         yield row
