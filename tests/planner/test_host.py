@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import time
 
@@ -120,6 +121,46 @@ def test_a_larger_budget_or_price_never_gives_a_worse_plan(seed):
     rng = random.Random(seed)
     timeline, link = dear(oracle.random_timeline(rng), oracle.random_link(rng), seed, 500.0, True)
     larger_is_never_worse(rng, timeline, link)
+
+
+def test_where_backward_ends_with_the_peak_the_last_sections_are_not_computed_again_in_vain():
+    """Their saves are gone by then. As good as the best of all ways to compute whole sections again, none moved."""
+    count, grads = 8, 200 * MIB
+    sections = []
+    for index in range(count):
+        large = [64, 33, 192, 1, 64, 64, 64, 2, 133, 257]
+        sizes = {save: mib * MIB for save, mib in enumerate(large, start=1)}
+        sizes |= dict.fromkeys(range(len(large) + 1, 20), 1 << 16)
+        allocations = tuple(
+            SavedAllocation(
+                save=save,
+                nbytes=nbytes,
+                held_bytes=nbytes,
+                born_ms=0.2 * save,
+                uses=(Use(section=index, first_ms=8.0 - 0.4 * save, last_ms=8.0 - 0.4 * save),),
+                kind="input" if save == 1 else "pointwise" if save in (5, 6) else "other",
+            )
+            for save, nbytes in sizes.items()
+        )
+        costs = {"hooks_forward_ms": 0.8, "selective_ms": 9.6, "recompute_ms": 4.7}
+        sections.append(SectionRecord(name=f"blocks.{index}", allocations=allocations, **costs))
+    phases = [Phase(direction="forward", section=i, ms=5.0, work_bytes=4 * GIB) for i in range(count)]
+    phases += [
+        Phase(direction="backward", section=i, ms=8.3, work_bytes=6 * GIB + (count - i) * grads)
+        for i in reversed(range(count))
+    ]
+    timeline = Timeline(sections=tuple(sections), phases=tuple(phases))
+    link = dataclasses.replace(LINK, move_us=100.0)
+    kept = nothing(timeline)
+    for budget in (8.45, 8.7, 9.0):
+        best_ms = float("inf")
+        for modes in itertools.product(("save", "recompute"), repeat=count):
+            again = tuple(dataclasses.replace(s, mode=mode) for s, mode in zip(kept.sections, modes, strict=True))
+            seen = simulate(timeline, dataclasses.replace(kept, sections=again), link)
+            if seen.peak_bytes <= budget * GIB:
+                best_ms = min(best_ms, seen.step_ms)
+        made = plan(timeline, link, Goal(device_budget=round(budget * GIB)))
+        assert simulate(timeline, made, link).step_ms <= best_ms < float("inf")
 
 
 @pytest.mark.parametrize(

@@ -88,9 +88,26 @@ class Search:
                 first = 4 if self._thrift is None else 2
                 share = self._effort // (len(path) - number + 2 if number else min(len(path) + 2, first))
                 self._sweep(modes, levels, self._effort - share)
+            self._keep_the_last(path)
             self._improve()
             self._search_modes(levels)
         return self.frontier
+
+    def _keep_the_last(self, path: list[Modes]) -> None:
+        """Of what is computed again on `path`, the last sections as they are at its start, without moves.
+
+        What is saved shortly before the turn is gone again when backward ends: where the peak is there, computing it
+        again is in vain. It takes up to a tenth of the effort.
+        """
+        until = self._effort - self._effort // 10
+        for modes in reversed(path):
+            for section in reversed(range(len(modes))):
+                if self._effort <= until:
+                    return
+                if modes[section] != self.start[section]:
+                    modes = (*modes[:section], self.start[section], *modes[section + 1 :])
+                    if self._try(modes, self.must, math.inf).peak_bytes >= self.base.peak_bytes:
+                        break
 
     def _search_modes(self, levels: list[float]) -> None:
         """With the effort that is left, the modes that are not on the path, if they are not too many."""
