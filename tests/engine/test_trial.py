@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
 
 from lighterage.engine.ledger import Row
+from lighterage.engine.planning import derived
 from lighterage.engine.planning import trial as trial_module
 from lighterage.engine.planning.clock import Gauge, HostClock
 from lighterage.engine.planning.section_log import SectionLog
@@ -19,8 +21,9 @@ from lighterage.engine.traffic import Traffic
 from lighterage.planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
 from tests.engine.planned import assert_equal, train
 from tests.engine.test_bare_trial import _played_beside_the_steps, hooks_take, offload  # noqa: F401
+from tests.engine.test_derived import everywhere
 from tests.engine.test_plan_made import rows
-from tests.engine.test_plan_pace import CLOCKWORK, models, planned
+from tests.engine.test_plan_pace import CLOCKWORK, Takes, models, planned
 
 
 def timeline(count: int) -> Timeline:
@@ -183,6 +186,15 @@ def test_where_the_device_does_not_wait_for_its_host_what_differs_is_noise() -> 
     assert _costs({"again": (12.0, 29.0), "bare": USUAL}, USUAL, COMPUTES, 0).again is None
 
 
+def test_deriving_that_was_timed_by_itself_is_not_looked_for_in_what_phases_differ() -> None:
+    seen = {"bare": (8.0, 16.0), "hooked": (9.0, 17.0), "selective": (8.5, 16.9)}
+    assert _costs(seen, USUAL, COMPUTES, 0, 1.5).selective == 1.5
+    assert _costs(seen, USUAL, WAITS, 0, 1.5).selective == 1.5, "a forward that took less costs nothing less"
+    seen["selective"] = (9.75, 16.9)
+    assert _costs(seen, USUAL, FORWARD_WAITS, 0, 1.5).selective == pytest.approx(0.75 + 1.5)
+    assert _costs(seen, USUAL, COMPUTES, 0, 1e-6).selective == pytest.approx(0.02 * 10.0), "it takes some time"
+
+
 def test_under_a_budget_what_is_computed_again_tells_what_is_bare() -> None:
     found = _costs({"again": (8.0, 25.0), "moved": (9.5, 21.5)}, USUAL, WAITS, 10)
     assert found.parts == pytest.approx((0.8, 1.0))
@@ -231,6 +243,51 @@ def test_what_hooks_and_moves_take_in_steps_is_found(monkeypatch: pytest.MonkeyP
     assert all(section.hooks_backward_ms == 0.0 for section in steps.sections)
     assert steps.step_ms == pytest.approx(9 * 30e3, rel=0.02)
     assert link.move_us == pytest.approx(0.5e6, rel=0.1)
+
+
+def deriving_takes(seconds: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    func = derived.Derivation.unpack
+
+    def slow(derivation: derived.Derivation) -> Any:
+        CLOCKWORK.now_s += seconds if derivation._kept is None else 0.0
+        return func(derivation)
+
+    monkeypatch.setattr(derived.Derivation, "unpack", slow)
+
+
+@pytest.mark.parametrize("unquiet_s", [0.0, 3.0])
+def test_what_deriving_takes_is_found_whatever_else_backward_waits_for(
+    unquiet_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A section derives one tensor, for its second product."""
+    _, model = models(num_layers=9)
+    deriving_takes(0.25, monkeypatch)
+    backward, count = Takes.backward, itertools.count()
+
+    def unquiet(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        CLOCKWORK.now_s += unquiet_s * (next(count) % 3)
+        return backward(ctx, grad)
+
+    monkeypatch.setattr(Takes, "backward", staticmethod(unquiet))
+    with offload(model, max_slowdown=10.0, recompute="auto") as offloader:
+        planned(model, offloader)
+        steps = offloader.timeline
+        assert steps is not None
+    assert {section.selective_ms for section in steps.sections} == {250.0}
+
+
+def test_steps_under_a_plan_take_no_time_of_deriving(monkeypatch: pytest.MonkeyPatch) -> None:
+    marks = []
+    monkeypatch.setattr(derived.Stopwatch, "mark", lambda self: marks.append(self) or 0.0)
+    _, model = models(num_layers=9)
+    with offload(model, max_slowdown=10.0, recompute="auto") as offloader:
+        planned(model, offloader)
+        during, steps = len(marks), offloader.timeline
+        assert steps is not None
+        offloader.use_plan(everywhere(steps), steps)
+        train(model, rows(), 3)
+        assert {section.mode for section in everywhere(steps).sections} == {"selective"}
+    assert during and len(marks) == during
 
 
 def test_where_the_device_is_never_waiting_hooks_and_moves_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,7 @@ import torch
 from ...errors import OffloadError
 from ..scopes import Unpackable
 from ..views import byte_range
+from .clock import Clock, Mark
 
 _NOTHING = contextlib.nullcontext()
 
@@ -149,23 +150,52 @@ def _stream(device: torch.device) -> object:
     return None if device.type == "cpu" else torch.accelerator.current_stream(device)
 
 
+class Stopwatch:
+    """Takes the time of what is derived for one run of a section."""
+
+    __slots__ = ("_clock", "_marks")
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._marks: list[tuple[Mark, Mark]] = []
+
+    def mark(self) -> Mark:
+        return self._clock.mark()
+
+    def took(self, start: Mark) -> None:
+        """Something was derived, from `start` to now."""
+        self._marks.append((start, self._clock.mark()))
+
+    def ms(self) -> float | None:
+        """Milliseconds in all; None: nothing was derived, or the device has not come past it. Never blocks."""
+        if not self._marks or not all(self._clock.passed(end) for _, end in self._marks):
+            return None
+        return sum(self._clock.ms(start, end) for start, end in self._marks)
+
+
 class Derived:
     """A saved tensor that was not saved: a view over what a derivation gives."""
 
-    __slots__ = ("_derivation", "_lo", "_size", "_stride")
+    __slots__ = ("_derivation", "_lo", "_size", "_stopwatch", "_stride")
 
-    def __init__(self, derivation: Derivation, tensor: torch.Tensor) -> None:
+    def __init__(self, derivation: Derivation, tensor: torch.Tensor, stopwatch: Stopwatch | None = None) -> None:
         self._derivation = derivation
+        self._stopwatch = stopwatch
         self._lo = byte_range(tensor, tensor.nbytes)[0]
         self._size = tensor.shape
         self._stride = tensor.stride()
 
     def unpack(self) -> torch.Tensor:
-        derivation, outer = self._derivation, _asked.done
+        derivation, outer, stopwatch = self._derivation, _asked.done, self._stopwatch
         if outer is None:
             _asked.done = {}
         try:
-            whole = derivation.unpack()
+            if stopwatch is None or outer is not None:
+                whole = derivation.unpack()
+            else:
+                start = stopwatch.mark()
+                whole = derivation.unpack()
+                stopwatch.took(start)
         except RuntimeError as error:
             if outer is not None or isinstance(error, OffloadError) or "inplace operation" not in str(error):
                 raise

@@ -17,6 +17,7 @@ from ..policy import Policy
 from ..scopes import Pack
 from ..sections import Section, SectionCall
 from ..traffic import Traffic
+from .derived import Stopwatch
 from .proofs import Proof, ProvingPack
 from .recompute import run_again_later
 from .recording import MeasuringPack, WatchingPack
@@ -174,7 +175,10 @@ class Events:
         elif isinstance(orders, PlannedOrders) and orders.read_twice is not None:
             return WatchingPack(pack, orders.read_twice)
         if isinstance(orders, PlannedOrders) and orders.tracer is not None:
-            pack = DerivingPack(pack, orders.tracer, orders.course.derived)
+            stopwatch: Stopwatch | None = None
+            if self._trial and isinstance(one, SectionLog) and log is not None:
+                stopwatch = one.stopwatch = Stopwatch(log.clock)
+            pack = DerivingPack(pack, orders.tracer, orders.course.derived, stopwatch)
             orders.tracer = None
         return pack
 

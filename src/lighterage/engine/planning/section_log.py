@@ -15,6 +15,7 @@ from ..allocation import Allocation, Stage
 from ..ledger import Row
 from ..scopes import Pack
 from .clock import Mark
+from .derived import Stopwatch
 
 MEASURED = "measured: nothing is moved"
 """The reason for which all stays in a step that is measured."""
@@ -129,6 +130,7 @@ class SectionLog:
         "role",
         "row",
         "saves",
+        "stopwatch",
         "watch",
     )
 
@@ -152,6 +154,8 @@ class SectionLog:
         """Told as its forward ends."""
         self.num_moved = 0
         """Allocations of it that leave."""
+        self.stopwatch: Stopwatch | None = None
+        """Of what backward derives of its saves, where the step is one of a trial."""
         self.inside: list[str] = []
         """The modules inside the section that run now, where that is watched."""
         self.key: StateKey | None = None

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 from ..scopes import Pack, Unpackable
 from ..sections import Section
 from ..views import byte_range
-from .derived import Derivation, Derived, Made, Source
+from .derived import Derivation, Derived, Made, Source, Stopwatch
 from .origins import is_cheap, made_by_custom_function
 
 _MOST_OPERATORS = 16
@@ -260,11 +260,12 @@ def _is_plain(tensor: Any) -> bool:
 class DerivingPack:
     """The pack of a section of which some saves are derived."""
 
-    __slots__ = ("_pack", "_saves", "_tracer")
+    __slots__ = ("_pack", "_saves", "_stopwatch", "_tracer")
 
-    def __init__(self, pack: Pack, tracer: Tracer, saves: frozenset[int]) -> None:
-        """`saves`: the numbers of those that bring memory which is derived."""
+    def __init__(self, pack: Pack, tracer: Tracer, saves: frozenset[int], stopwatch: Stopwatch | None = None) -> None:
+        """`saves`: the numbers of those that bring memory which is derived. `stopwatch`: takes the time of that."""
         self._pack = pack
+        self._stopwatch = stopwatch
         self._tracer = tracer
         self._saves = saves
 
@@ -277,7 +278,7 @@ class DerivingPack:
                 if derivation is not None:
                     row.saves += 1
                     row.saved_bytes += tensor.nbytes
-                    return Derived(derivation, tensor)
+                    return Derived(derivation, tensor, self._stopwatch)
             handle = self._pack(tensor, section)
             tracer.saved(tensor, handle)
             return handle

@@ -153,6 +153,7 @@ class Trial:
         seen: dict[object, dict[str, list[Pair]]] = collections.defaultdict(lambda: collections.defaultdict(list))
         waits: dict[object, list[tuple[bool, bool]]] = collections.defaultdict(list)
         counts: dict[object, list[int]] = collections.defaultdict(list)
+        derived: dict[object, list[float]] = collections.defaultdict(list)
         for log, roles in zip(self.logs, self._roles, strict=False):
             ms, waiting = phase_ms(log), waiting_phases(log)
             for section in log.sections:
@@ -170,6 +171,8 @@ class Trial:
                     waits[one].append((waiting["forward", index], waiting["backward", index]))
                 if role == "moved":
                     counts[one].append(section.num_moved)
+                if section.stopwatch is not None and (derived_ms := section.stopwatch.ms()) is not None:
+                    derived[one].append(derived_ms)
         found = {}
         for one in set(self._classes.values()):
             normal = [usual[index] for index, kind in self._classes.items() if kind == one and index in usual]
@@ -183,6 +186,7 @@ class Trial:
                     (forward, backward),
                     (waiting_parts[0] > _MOSTLY, waiting_parts[1] > _MOSTLY),
                     round(statistics.median(counts[one] or [0])),
+                    statistics.median(derived[one]) if derived[one] else None,
                 )
         return found
 
@@ -208,8 +212,22 @@ def _share_out(
     return roles
 
 
-def _costs(seen: Mapping[str, Pair], usual: Pair, waiting: tuple[bool, bool], num_moves: int) -> Costs:
-    """What the ways of one class cost. `waiting`: whether the device waits for its host, in forward and in backward."""
+def _costs(
+    seen: Mapping[str, Pair],
+    usual: Pair,
+    waiting: tuple[bool, bool],
+    num_moves: int,
+    derived_ms: float | None = None,
+) -> Costs:
+    """What the ways of one class cost.
+
+    Args:
+        seen: by role, what phases took.
+        usual: what they took in the steps that were measured.
+        waiting: whether the device waits for its host, in forward and in backward.
+        num_moves: of a section that moves.
+        derived_ms: what backward took to derive what selective recomputation does not save, if it was timed.
+    """
     bare, hooked, moved = (seen.get(role) for role in ("bare", "hooked", "moved"))
     selective, again = seen.get("selective"), seen.get("again")
     # With hooks, or computed again, a forward is nearly bare; no backward is, and its bounds differ from way to way.
@@ -231,16 +249,28 @@ def _costs(seen: Mapping[str, Pair], usual: Pair, waiting: tuple[bool, bool], nu
     return Costs(
         parts=parts,
         hooks=hooks,
-        selective=None if selective is None else _again(selective, base, hooks, beside, waiting),
+        selective=None if selective is None else _again(selective, base, hooks, beside, waiting, derived_ms),
         again=None if again is None or not any(waiting) else _again(again, base, (0.0, 0.0), beside, waiting),
         moves=moves,
         num_moves=num_moves,
     )
 
 
-def _again(seen: Pair, base: Pair, hooks: Pair, beside: Pair, waiting: tuple[bool, bool]) -> float:
-    """What it takes beyond base and hooks. It takes some time, whatever the noise says."""
+def _again(
+    seen: Pair,
+    base: Pair,
+    hooks: Pair,
+    beside: Pair,
+    waiting: tuple[bool, bool],
+    timed_ms: float | None = None,
+) -> float:
+    """What it takes beyond base and hooks. It takes some time, whatever the noise says.
+
+    `timed_ms`: of its backward, where that was timed by itself: half a millisecond of 15 is lost in what phases differ.
+    """
     forward = seen[0] - base[0] - hooks[0] if waiting[0] else 0.0
+    if timed_ms is not None:
+        return max(_LEAST_AGAIN * base[0], max(0.0, forward) + timed_ms)
     backward = seen[1] - (base[1] + hooks[1] if waiting[1] else beside[1])
     return max(_LEAST_AGAIN * base[0], forward + backward)
 
