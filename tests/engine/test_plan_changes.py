@@ -272,11 +272,11 @@ def test_an_interrupt_while_the_plan_is_made_is_the_callers_and_a_plan_is_made_l
     plain, model = pair()
     make_plan, interrupts = making.make_plan, [True]
 
-    def interrupted(*given: Any) -> Any:
+    def interrupted(*given: Any, **caution: Any) -> Any:
         if interrupts:
             interrupts.clear()
             raise KeyboardInterrupt
-        return make_plan(*given)
+        return make_plan(*given, **caution)
 
     monkeypatch.setattr(making, "make_plan", interrupted)
     with offload(model, max_slowdown=5.0) as offloader:

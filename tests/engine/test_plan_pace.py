@@ -351,14 +351,29 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Timeline], threading.Ev
     may = threading.Event()
     make_plan = making.make_plan
 
-    def made(timeline: Timeline, *rest: Any) -> Any:
+    def made(timeline: Timeline, *rest: Any, **caution: Any) -> Any:
         made_of.append(timeline)
         if len(made_of) > 1:
             assert may.wait(20)
-        return make_plan(timeline, *rest)
+        return make_plan(timeline, *rest, **caution)
 
     monkeypatch.setattr(making, "make_plan", made)
     return made_of, may
+
+
+def test_a_price_is_not_foreseen_to_be_spent_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    make_plan, part = making.make_plan, []
+
+    def made(*given: Any, caution: float) -> Any:
+        part.append(caution)
+        return make_plan(*given, caution=caution)
+
+    monkeypatch.setattr(making, "make_plan", made)
+    _, model = models()
+    with offload(model, max_slowdown=0.02) as offloader:
+        planned(model, offloader)
+        assert "at most 2.0% slower" in str(offloader.report()) or "Everything stays" in str(offloader.report())
+    assert part == [making.PRICE_CAUTION] and 0.5 < part[0] < 1
 
 
 @pytest.mark.usefixtures("beside")
@@ -526,12 +541,12 @@ def test_a_plan_that_cannot_be_made_anew_leaves_the_one_that_there_is(monkeypatc
     make_plan, failed = making.make_plan, threading.Event()
     count = [0]
 
-    def made(*given: Any) -> Any:
+    def made(*given: Any, **caution: Any) -> Any:
         count[0] += 1
         if count[0] > 1:
             failed.set()
             raise ValueError("boom")
-        return make_plan(*given)
+        return make_plan(*given, **caution)
 
     monkeypatch.setattr(making, "make_plan", made)
     plain, model = models()

@@ -111,6 +111,17 @@ def test_a_larger_budget_never_gives_a_slower_plan(seed):
     larger_is_never_worse(rng, timeline, link)
 
 
+def test_with_caution_part_of_a_price_is_not_spent():
+    timeline = decoder(8)
+    bold, careful = (plan(timeline, LINK, Goal(max_slowdown=0.03), caution=part) for part in (1.0, 0.5))
+    for made, part in ((bold, 1.0), (careful, 0.5)):
+        assert simulate(timeline, made, LINK).step_ms <= timeline.step_ms * (1 + part * 0.03) + 1e-6
+        assert made.why.startswith("To be at most 3.0% slower")
+    assert simulate(timeline, bold, LINK).step_ms > timeline.step_ms * 1.015
+    budget = Goal(device_budget=10 * GIB)
+    assert plan(timeline, LINK, budget, caution=0.5) == plan(timeline, LINK, budget), "a budget is what it is"
+
+
 def test_what_moves_is_worth_what_compute_loses_by_it():
     """With a free link everything may move for nothing; where compute pays for it, a plan moves what it needs."""
     timeline, free = decoder(8), LINK

@@ -102,10 +102,17 @@ def nothing(timeline: Timeline) -> Plan:
     )
 
 
-def plan(timeline: Timeline, link: Link, goal: Goal) -> Plan:
+def plan(timeline: Timeline, link: Link, goal: Goal, *, caution: float = 1.0) -> Plan:
     """What to keep, to move and to compute again, and when, so that `goal` is reached over `link`.
 
     Nothing is random, and nothing depends on the clock: equal arguments give equal plans.
+
+    Args:
+        timeline: what was measured of the step.
+        link: between device and host memory.
+        goal: a budget in bytes, or a price as a part of the step's time.
+        caution: the part of a price, 0 to 1, that the plan is foreseen to spend: 1 where what is foreseen can be relied
+            on.
 
     Raises:
         BudgetError: no plan keeps the peak within `goal.device_budget`; it names the smallest that was found.
@@ -125,7 +132,7 @@ def plan(timeline: Timeline, link: Link, goal: Goal) -> Plan:
         made, _ = found.plan_of(point)
     else:
         assert goal.max_slowdown is not None
-        made = _at_price(found, timeline.step_ms * (1 + goal.max_slowdown), kept if free else None)
+        made = _at_price(found, timeline.step_ms * (1 + caution * goal.max_slowdown), kept if free else None)
     made, after = postpone(timeline, link, made, simulate(timeline, made, link))
     if free and goal.max_slowdown is not None and after.peak_bytes > before * (1 - _LEAST_GAIN):
         return explain(timeline, link, goal, kept, before, None)
