@@ -111,6 +111,40 @@ def test_a_larger_budget_never_gives_a_slower_plan(seed):
     larger_is_never_worse(rng, timeline, link)
 
 
+def blocks(count: int = 8) -> Timeline:
+    """Blocks of experts in bf16 on an H100, whose gradients grow through backward: 1 GiB a block, 0.4 of gradients."""
+    mibs = [64, 64, 192, 64, 64, 64, 129, 257, 129] + [0.0625] * 10
+    sections = []
+    for index in range(count):
+        allocations = tuple(
+            SavedAllocation(
+                save=save,
+                nbytes=round(mib * (1 << 20)),
+                held_bytes=round(mib * (1 << 20)),
+                born_ms=0.25 * save,
+                uses=(Use(section=index, first_ms=8.5 - 0.4 * save, last_ms=8.6 - 0.4 * save),),
+                kind="input" if save == 1 else "pointwise" if save in (2, 4) else "product",
+            )
+            for save, mib in enumerate(mibs, start=1)
+        )
+        costs = {"selective_ms": 0.18, "recompute_ms": 5.67}
+        sections.append(SectionRecord(name=f"blocks.{index}", allocations=allocations, **costs))
+    forward = [Phase(direction="forward", section=i, ms=5.6, work_bytes=round(3.8 * GIB)) for i in range(count)]
+    backward = [
+        Phase(direction="backward", section=i, ms=8.8, work_bytes=round((4.36 + 0.415 * (count - 1 - i)) * GIB))
+        for i in reversed(range(count))
+    ]
+    return Timeline(sections=tuple(sections), phases=(*forward, *backward))
+
+
+@pytest.mark.parametrize("move_us", [0.0, 60.0])
+def test_near_the_floor_some_move_some_are_computed_again_and_some_stay(move_us):
+    timeline, link = blocks(), dataclasses.replace(LINK, move_us=move_us)
+    for budget, price in ((7.6, 1.43), (8.05, 1.32), (8.3, 1.13)):
+        made = plan(timeline, link, Goal(device_budget=round(budget * GIB)))
+        assert simulate(timeline, made, link).step_ms <= price * timeline.step_ms
+
+
 def test_with_caution_part_of_a_price_is_not_spent():
     timeline = decoder(8)
     bold, careful = (plan(timeline, LINK, Goal(max_slowdown=0.03), caution=part) for part in (1.0, 0.5))

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from .frontier import Frontier, Modes, Point
 from .goal import Choices
 from .layout import NEVER, Layout, costs_host, is_saved, lay_out, recompute_time
+from .mixes import mixes
 from .plan import Mode
 from .run import Run
 from .schedule import Pace, Schedule
@@ -30,6 +31,7 @@ _ALL_BUT = 1.002
 
 _HARDLY_FASTER = 0.999
 
+_LEAST_TURN = 4
 _FEW_MODES = 100
 _MANY_MODES = 1000
 _FEW = 20
@@ -63,6 +65,7 @@ class Search:
         self._seen: dict[tuple[Modes, frozenset[int], float, Pace, frozenset[int]], Point] = {}
         keys = [(s, a.save) for s, record in enumerate(timeline.sections) for a in record.allocations]
         self._place = {key: place for place, key in enumerate(keys)}
+        self._section = [section for section, _ in keys]
         allocations = [a for record in timeline.sections for a in record.allocations]
         self._held = [a.held_bytes for a in allocations]
         free = [a.kept is None and a.nbytes > 0 for a in allocations]
@@ -88,26 +91,22 @@ class Search:
                 first = 4 if self._thrift is None else 2
                 share = self._effort // (len(path) - number + 2 if number else min(len(path) + 2, first))
                 self._sweep(modes, levels, self._effort - share)
-            self._keep_the_last(path)
+            self._mix(self._effort - self._effort // 4)
             self._improve()
             self._search_modes(levels)
         return self.frontier
 
-    def _keep_the_last(self, path: list[Modes]) -> None:
-        """Of what is computed again on `path`, the last sections as they are at its start, without moves.
-
-        What is saved shortly before the turn is gone again when backward ends: where the peak is there, computing it
-        again is in vain. It takes up to a tenth of the effort.
-        """
-        until = self._effort - self._effort // 10
-        for modes in reversed(path):
-            for section in reversed(range(len(modes))):
-                if self._effort <= until:
-                    return
-                if modes[section] != self.start[section]:
-                    modes = (*modes[:section], self.start[section], *modes[section + 1 :])
-                    if self._try(modes, self.must, math.inf).peak_bytes >= self.base.peak_bytes:
-                        break
+    def _mix(self, until: int) -> None:
+        """Mixes of all three means. See Note [What plans come to]."""
+        for modes, head in mixes(self.start, self._choices.modes):
+            if self._effort <= until:
+                return
+            if not head:
+                self._try(modes, self.must, math.inf)
+                continue
+            moved = self.must.union(place for place in self._order if self._section[place] in head)
+            least = self._try(modes, moved, 0.0).peak_bytes
+            self._try(modes, moved, least)
 
     def _search_modes(self, levels: list[float]) -> None:
         """With the effort that is left, the modes that are not on the path, if they are not too many."""
@@ -330,13 +329,21 @@ class Search:
                 high = middle - 1
 
     def _improve(self) -> None:
-        """Try what is next to each point of the frontier, all points in turn, until the effort is spent."""
+        """Try what is next to each point of the frontier, in turn, until the effort is spent."""
         open_points: dict[Point, Iterator[tuple[Modes, frozenset[int], float, Pace, frozenset[int]]]] = {}
         finished: set[Point] = set()
+        rounds = 0
         while self._effort > 0:
-            turn = [point for point in self.frontier if point not in finished]
+            points = list(self.frontier)
+            turn = [point for point in points if point not in finished]
             if not turn:
                 return
+            rounds += 1
+            if rounds % 3:
+                # Where a little less memory costs much, there is most to be found.
+                cliffs = {after: after.ms - before.ms for before, after in itertools.pairwise(points)}
+                turn.sort(key=lambda point: -cliffs.get(point, 0.0))
+                turn = turn[: max(_LEAST_TURN, len(turn) // 4)]
             for point in turn:
                 if self._effort <= 0:
                     return
