@@ -52,7 +52,7 @@ class Failing:
         self.num_calls = 0
         self.local: weakref.ref[Any] | None = None
 
-    def __call__(self, *_: object) -> NoReturn:
+    def __call__(self, *_: object, **caution: object) -> NoReturn:
         self.num_calls += 1
         local = torch.empty(1)
         self.local = weakref.ref(local)
