@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from lighterage.engine.ledger import Row
-from lighterage.engine.planning import derived, tracing
+from lighterage.engine.planning import derived
 from lighterage.engine.planning import trial as trial_module
 from lighterage.engine.planning.clock import Gauge, HostClock
 from lighterage.engine.planning.section_log import SectionLog
 from lighterage.engine.planning.step_log import StepLog
-from lighterage.engine.planning.timelines import host_ms, waiting_phases
-from lighterage.engine.planning.trial import LOADED_STEPS, TRIAL_STEPS, Costs, Trial, _costs
+from lighterage.engine.planning.timelines import waiting_phases
+from lighterage.engine.planning.trial import TRIAL_STEPS, Costs, Trial, _costs
 from lighterage.engine.sections import Section
 from lighterage.engine.traffic import Traffic
 from lighterage.planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
@@ -63,17 +63,12 @@ def roles(count: int, **how: bool) -> list[dict[int, str]]:
 
 
 def test_every_way_is_tried_in_each_step_and_by_every_section_in_some() -> None:
-    steps = roles(9)[:TRIAL_STEPS]
+    steps = roles(9)
     assert len(steps) == TRIAL_STEPS
     assert all(set(step.values()) == {"moved", "selective", "bare", "hooked", "again"} for step in steps)
     for index in range(8):
         assert len({step[index] for step in steps}) >= 3, "places do not speak for ways"
     assert {role for step in roles(9, able=False) for role in step.values()} == {"moved", "bare", "hooked"}
-
-
-def test_it_ends_with_steps_in_which_all_are_computed_again_in_part() -> None:
-    assert roles(9)[TRIAL_STEPS:] == [dict.fromkeys(range(8), "selective")] * LOADED_STEPS
-    assert len(roles(9, able=False)) == len(roles(9, limited=True)) == TRIAL_STEPS
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -99,7 +94,7 @@ def test_on_a_cpu_nothing_but_computing_again_is_tried() -> None:
     assert chosen(9, on_host=True, able=False).num_steps == 0
 
 
-@pytest.mark.parametrize("step", range(TRIAL_STEPS + LOADED_STEPS))
+@pytest.mark.parametrize("step", range(TRIAL_STEPS))
 def test_the_plan_of_the_trial_waits_for_nothing(step: int) -> None:
     trial, steps = chosen(9), timeline(9)
     plan = trial.plan(steps, step)
@@ -279,56 +274,6 @@ def test_what_deriving_takes_is_found_whatever_else_backward_waits_for(
         steps = offloader.timeline
         assert steps is not None
     assert {section.selective_ms for section in steps.sections} == {250.0}
-
-
-OPERATORS = 13
-"""That a traced forward of `Layer` runs, views among them; some fewer in the first."""
-
-
-def traced(monkeypatch: pytest.MonkeyPatch, *, host_s: float, ahead_s: float) -> None:
-    """Each operator of a traced forward takes the host so long; the device is not waiting for it, as far as is seen.
-
-    `ahead_s`: by so much less than its device the host takes for a section, in forward and in backward.
-    """
-    dispatch, spent = tracing.Tracer.__torch_dispatch__, [0.0]
-
-    def slow(tracer: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        spent[0] += host_s
-        return dispatch(tracer, func, types, args, kwargs)
-
-    def issued(log: StepLog) -> dict[tuple[str, int], float]:
-        return {key: ms - 1e3 * ahead_s + extra.get((id(log), key), 0.0) for key, ms in host_ms(log).items()}
-
-    extra: dict[tuple[int, tuple[str, int]], float] = {}
-    left = StepLog.left
-
-    def leaving(log: StepLog, section: SectionLog) -> None:
-        extra[id(log), ("forward", section.index or 0)], spent[0] = 1e3 * spent[0], 0.0
-        left(log, section)
-
-    monkeypatch.setattr(StepLog, "left", leaving)
-    monkeypatch.setattr(tracing.Tracer, "__torch_dispatch__", slow)
-    monkeypatch.setattr(trial_module, "host_ms", issued)
-    monkeypatch.setattr(trial_module, "waiting_phases", lambda log: dict.fromkeys(waiting_phases(log), False))
-
-
-@pytest.mark.parametrize("behind", [False, True])
-def test_tracing_costs_what_a_host_falls_behind_by_where_all_sections_are_traced(
-    behind: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, model = models(num_layers=9)
-    deriving_takes(0.25, monkeypatch)
-    traced(monkeypatch, host_s=1.0, ahead_s=1.0 if behind else 9.0)
-    with offload(model, max_slowdown=10.0, recompute="auto") as offloader:
-        planned(model, offloader)
-        steps = offloader.timeline
-        assert steps is not None
-    (asked,) = {section.selective_ms for section in steps.sections}
-    assert asked is not None
-    if behind:
-        assert asked == pytest.approx(OPERATORS * 1e3 - 2e3, rel=0.05)
-    else:
-        assert asked == 250.0
 
 
 def test_steps_under_a_plan_take_no_time_of_deriving(monkeypatch: pytest.MonkeyPatch) -> None:

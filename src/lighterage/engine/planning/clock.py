@@ -26,15 +26,11 @@ class Clock(Protocol):
         """Milliseconds between two marks that have passed."""
         ...
 
-    def host_s(self) -> float:
-        """The host's own time, in seconds."""
-        ...
-
 
 class HostClock:
     """The clock of a device whose work is over when the call returns."""
 
-    def mark(self) -> float:
+    def mark(self) -> Mark:
         return time.perf_counter()
 
     def passed(self, mark: Mark) -> bool:
@@ -44,9 +40,6 @@ class HostClock:
         assert isinstance(start, float)
         assert isinstance(end, float)
         return (end - start) * 1e3
-
-    def host_s(self) -> float:
-        return self.mark()
 
 
 class DeviceClock:
@@ -68,9 +61,6 @@ class DeviceClock:
         assert not isinstance(start, float)
         assert not isinstance(end, float)
         return float(start.elapsed_time(end))
-
-    def host_s(self) -> float:
-        return time.perf_counter()
 
 
 def clock_of(device: torch.device) -> Clock:

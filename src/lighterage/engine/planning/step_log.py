@@ -39,14 +39,12 @@ OTHERS_INSIDE = "other sections run inside it"
 class Boundary:
     """Where a phase begins, which is where the one before it ends."""
 
-    __slots__ = ("again_bytes", "at", "caught_up", "direction", "issued_s", "live_bytes", "peak_bytes", "section")
+    __slots__ = ("again_bytes", "at", "caught_up", "direction", "live_bytes", "peak_bytes", "section")
 
-    def __init__(self, direction: Direction, section: SectionLog | None, at: Mark, issued_s: float) -> None:
+    def __init__(self, direction: Direction, section: SectionLog | None, at: Mark) -> None:
         self.direction: Direction = direction
         self.section = section
         self.at = at
-        self.issued_s = issued_s
-        """When the host came here."""
         self.caught_up = True
         """Whether the device had begun the phase that ended here before all of it was issued: it waits for its host."""
         self.peak_bytes: int | None = None
@@ -83,7 +81,7 @@ class StepLog:
 
     def _bound(self, direction: Direction, section: SectionLog | None, *, ends: bool = False) -> None:
         with self._lock:
-            boundary = Boundary(direction, section, self.clock.mark(), self.clock.host_s())
+            boundary = Boundary(direction, section, self.clock.mark())
             if self.boundaries:
                 boundary.caught_up = self.clock.passed(self.boundaries[-1].at)
             # To ask an allocator takes tens of microseconds: where the host is what phases wait for, that is told too.

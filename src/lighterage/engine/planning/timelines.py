@@ -150,16 +150,6 @@ def waiting_phases(log: StepLog) -> dict[tuple[str, int], bool]:
     return found
 
 
-def host_ms(log: StepLog) -> dict[tuple[str, int], float]:
-    """Milliseconds that the host was in each section's phases."""
-    found: dict[tuple[str, int], float] = {}
-    for here, there in zip(log.boundaries, log.boundaries[1:], strict=False):
-        if here.section is not None and here.section.index is not None:
-            key = (here.direction, here.section.index)
-            found[key] = found.get(key, 0.0) + (there.issued_s - here.issued_s) * 1e3
-    return found
-
-
 def _stretches(log: StepLog) -> list[_Stretch]:
     waits: dict[int, float] = {}
     for num, wait in log.waits:

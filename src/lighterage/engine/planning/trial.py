@@ -11,7 +11,7 @@ from ...planner.plan import Fetch, Mode, Move, Plan, SectionPlan
 from ...planner.timeline import Timeline
 from .section_log import Role
 from .step_log import StepLog
-from .timelines import host_ms, others_ms, phase_ms, waiting_phases
+from .timelines import others_ms, phase_ms, waiting_phases
 
 # Note [What hooks and moves cost]
 # Where the host is what a step waits for, steps that are measured take longer than any other: every save of theirs is
@@ -22,15 +22,9 @@ from .timelines import host_ms, others_ms, phase_ms, waiting_phases
 # they save, and computed again, in part or whole; in each step another one in another way, so that neither places in a
 # step nor moments of an unquiet host speak for a way. Each section is compared with itself as it was measured. Where
 # the device had its work before it wanted it, host time costs nothing, and what differs is noise.
-#
-# A host that is ahead of its device hides what one section in seven takes of it, and not what all of them do. A forward
-# that is traced, so that backward may derive what it does not save, takes 20 to 30 us longer for each operator: blocks
-# of experts in bf16 were foreseen at 119 ms with seven sections traced, and took 129. So the trial ends with steps in
-# which all are that can be. Where their host is no longer ahead, each is taken to cost what these steps took longer.
 
-TRIAL_STEPS, LOADED_STEPS = 6, 2
-"""On an accelerator: in various ways, and with all that can be computed again in part. A CPU's steps are the host's in
-any case, and its trial is for what is computed again."""
+TRIAL_STEPS = 6
+"""On an accelerator. A CPU's steps are the host's in any case, and its trial is for what is computed again."""
 
 _SELECTIVE_OF_A_CLASS = 3
 _LEAST_TO_MOVE = 4
@@ -40,9 +34,6 @@ _NOISE = 0.025
 """Of a phase: what differs by less does not differ."""
 
 _ROLES_TO_WAIT: tuple[Role, ...] = ("bare", "hooked", "moved")
-
-_BEHIND = 0.02
-"""Of what a device takes for its phases: by so much longer its host is in them if it falls behind."""
 
 _LEAST_AGAIN = 0.02
 """Of a section's forward: the least that computing again is taken to cost."""
@@ -86,8 +77,6 @@ class Trial:
         self._on_host = on_host
         self._roles: list[dict[int, Role]] = []
         """Of each step."""
-        self._num_loaded = 0
-        """So many of them, the last, are those in which all is computed again in part that can be."""
         self._classes: dict[int, object] = {}
         self.logs: list[StepLog] = []
 
@@ -120,12 +109,6 @@ class Trial:
                 roles.update(_share_out(indices, wanted, able, step))
         if not any(self._roles):
             self._roles = []
-        loaded: dict[int, Role] = {
-            index: "selective" for indices in alike.values() for index in indices if index in selective
-        }
-        # Where steps must not take all of the device, what was not tried moves, and would stay here.
-        self._num_loaded = LOADED_STEPS if loaded and not (self._on_host or limited) else 0
-        self._roles += [loaded] * self._num_loaded
 
     def bare(self, step: int) -> frozenset[int]:
         """The sections that rest in that step of the trial."""
@@ -171,7 +154,7 @@ class Trial:
         waits: dict[object, list[tuple[bool, bool]]] = collections.defaultdict(list)
         counts: dict[object, list[int]] = collections.defaultdict(list)
         derived: dict[object, list[float]] = collections.defaultdict(list)
-        for step, (log, roles) in enumerate(zip(self.logs, self._roles, strict=False)):
+        for log, roles in zip(self.logs, self._roles, strict=False):
             ms, waiting = phase_ms(log), waiting_phases(log)
             for section in log.sections:
                 index = section.index
@@ -183,15 +166,13 @@ class Trial:
                 forward, backward = usual[index]
                 if not (forward > 0 and backward > 0):
                     continue
-                if section.stopwatch is not None and (derived_ms := section.stopwatch.ms()) is not None:
-                    derived[one].append(derived_ms)
-                if step >= len(self._roles) - self._num_loaded:
-                    continue
                 seen[one][role].append((ms["forward", index] / forward, ms["backward", index] / backward))
                 if role in _ROLES_TO_WAIT:
                     waits[one].append((waiting["forward", index], waiting["backward", index]))
                 if role == "moved":
                     counts[one].append(section.num_moved)
+                if section.stopwatch is not None and (derived_ms := section.stopwatch.ms()) is not None:
+                    derived[one].append(derived_ms)
         found = {}
         for one in set(self._classes.values()):
             normal = [usual[index] for index, kind in self._classes.items() if kind == one and index in usual]
@@ -207,39 +188,7 @@ class Trial:
                     round(statistics.median(counts[one] or [0])),
                     statistics.median(derived[one]) if derived[one] else None,
                 )
-        loaded_ms = self._loaded_ms(found, usual)
-        if loaded_ms is not None:
-            for one, cost in found.items():
-                if cost.selective is not None:
-                    found[one] = dataclasses.replace(cost, selective=max(cost.selective, loaded_ms))
         return found
-
-    def _loaded_ms(self, costs: Mapping[object, Costs], usual: Mapping[int, Pair]) -> float | None:
-        """What computing it again in part cost each section beside hooks where all were; None: the host kept up."""
-        each: list[float] = []
-        for log in self.logs[len(self._roles) - self._num_loaded :]:
-            ms, issuing, waiting = phase_ms(log), host_ms(log), waiting_phases(log)
-            tried = [
-                index
-                for section in log.sections
-                if (index := section.index) is not None
-                and section.role == "selective"
-                and index in usual
-                and _whole(ms, index)
-            ]
-            if not tried:
-                return None
-            took, issued, base = 0.0, 0.0, 0.0
-            for index in tried:
-                cost = costs[self._classes[index]]
-                took += ms["forward", index] + ms["backward", index]
-                issued += issuing["forward", index] + issuing["backward", index]
-                base += cost.parts[0] * usual[index][0] + cost.parts[1] * usual[index][1] + sum(cost.hooks)
-            waited = statistics.mean(waiting["forward", index] for index in tried)
-            if waited <= _MOSTLY and issued <= (1 + _BEHIND) * took:
-                return None
-            each.append((max(took, issued) - base) / len(tried))
-        return min(each, default=None)
 
 
 def _share_out(
