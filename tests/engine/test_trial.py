@@ -17,7 +17,7 @@ from lighterage.engine.planning.step_log import StepLog
 from lighterage.engine.planning.timelines import waiting_phases
 from lighterage.engine.planning.trial import TRIAL_STEPS, Costs, Trial, _costs
 from lighterage.engine.sections import Section
-from lighterage.engine.traffic import Traffic
+from lighterage.engine.traffic import HELD_ELSEWHERE, Traffic
 from lighterage.planner.timeline import Phase, SavedAllocation, SectionRecord, Timeline, Use
 from tests.engine.planned import assert_equal, train
 from tests.engine.test_bare_trial import _played_beside_the_steps, hooks_take, offload  # noqa: F401
@@ -288,6 +288,20 @@ def test_steps_under_a_plan_take_no_time_of_deriving(monkeypatch: pytest.MonkeyP
         train(model, rows(), 3)
         assert {section.mode for section in everywhere(steps).sections} == {"selective"}
     assert during and len(marks) == during
+
+
+def test_what_the_trial_finds_held_by_somebody_else_is_not_planned_to_move() -> None:
+    """The caller holds what the first section is given: to move it would free nothing."""
+    _, model = models(num_layers=9)
+    with offload(model, max_slowdown=10.0, recompute="never") as offloader:
+        planned(model, offloader)
+        steps, plan = offloader.timeline, offloader.plan
+        assert steps is not None and plan is not None
+    held = {(i, a.save) for i, section in enumerate(steps.sections) for a in section.allocations if a.kept is not None}
+    first = next(a for a in steps.sections[0].allocations if a.kind == "input")
+    assert held == {(0, first.save)} and first.kept == HELD_ELSEWHERE
+    moves = {(i, move.save) for i, section in enumerate(plan.sections) for move in section.moves}
+    assert moves and not moves & held
 
 
 def test_where_the_device_is_never_waiting_hooks_and_moves_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

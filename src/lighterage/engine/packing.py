@@ -18,7 +18,7 @@ from .modules import CAST, Residents
 from .policy import Policy
 from .sections import Section
 from .stores import Stores
-from .traffic import Traffic
+from .traffic import HELD_ELSEWHERE, Traffic
 from .views import byte_range, describe, emptied_alias, settled_version
 from .wrappers import is_wrapper, parts_of, wait_for
 
@@ -178,7 +178,7 @@ class Packer:
             return "saved after its section had ended"
         saves = self._traffic.still_alive.saves
         if saves and (section.name, section.row.saves, nbytes) in saves:
-            return "held by somebody else when it was moved in an earlier step"
+            return HELD_ELSEWHERE
         return None
 
     def _pack_special(self, tensor: torch.Tensor, section: Section) -> Handle:

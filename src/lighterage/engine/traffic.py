@@ -23,6 +23,9 @@ GATHER_BYTES = 4 << 20
 # The window is filled up again once so much of it has been used: several copies then share a pair of events.
 REFILL_AT = 0.75
 
+HELD_ELSEWHERE = "held by somebody else when it was moved in an earlier step"
+"""The reason for which something stays that frees nothing where it is moved."""
+
 # So many steps after something was found to be held by somebody else, it is moved again.
 TRY_AGAIN_STEPS = 16
 

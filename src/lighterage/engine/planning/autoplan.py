@@ -85,7 +85,7 @@ class Autoplan:
         self._gauge = Gauge(device)
         self._room = Room(self._gauge, policy)
         self._budget = Budget(policy)
-        self._measurements = Measurements(device)
+        self._measurements = Measurements(device, traffic.still_alive)
         self._stage = Stage.SIZING
         self._course: Course | None = None
         self._fault: Fault | None = None

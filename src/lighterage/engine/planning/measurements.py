@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Collection
 
 import torch
 
 from ...planner.timeline import Link, Timeline
+from ..allocation import SavedAt
+from ..traffic import HELD_ELSEWHERE, StillAlive
 from .course import Course
 from .section_log import MEASURED, SectionLog
 from .step_log import StepLog
@@ -18,8 +21,10 @@ from .trial import Costs, Trial
 class Measurements:
     """The logs of the first step, of those that were timed, and of the trial."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, still_alive: StillAlive) -> None:
+        """`still_alive`: what was found to free nothing when it was moved."""
         self._device = device
+        self._still_alive = still_alive
         self._first: StepLog | None = None
         self._known: dict[int, Recipe] = {}
         self._derives: set[object] = set()
@@ -100,7 +105,7 @@ class Measurements:
         usual = {index: (_least(times, "forward", index), _least(times, "backward", index)) for index in self._classes}
         self._costs = self.trial.costs(usual)
         found = {index: self._costs[one] for index, one in self._classes.items() if one in self._costs}
-        return self._read(found)
+        return _with_what_stays(self._read(found), self._still_alive.saves)
 
     def seen_over(self, link: Link) -> Link:
         """`link` with what each moved allocation costs the host, as far as the trial has shown. After `timeline`."""
@@ -128,6 +133,21 @@ class Measurements:
                 if s.index is not None
             }
         return self._known
+
+
+def _with_what_stays(timeline: Timeline, saves: Collection[SavedAt]) -> Timeline:
+    """`timeline` with what moved in the trial and freed nothing, by `saves`, told as what stays."""
+    known = {(name, save) for name, save, _ in saves}
+    if not known:
+        return timeline
+    sections = []
+    for section in timeline.sections:
+        allocations = tuple(
+            dataclasses.replace(a, kept=HELD_ELSEWHERE) if a.kept is None and (section.name, a.save) in known else a
+            for a in section.allocations
+        )
+        sections.append(dataclasses.replace(section, allocations=allocations))
+    return dataclasses.replace(timeline, sections=tuple(sections))
 
 
 def _least(times: list[dict[tuple[str, int], float]], direction: str, index: int) -> float:
