@@ -9,7 +9,8 @@ from ...planner.timeline import Link, Timeline
 from ..policy import Policy
 from .making import Planning, goal_of
 
-# So often a plan is made for less, after a step under it took more than the budget.
+# So often a plan is made for less, after a step under it took more than the budget. Each time twice as much of what it
+# took too much is left free: the next plan may be another one, and foreseen too low by as much again.
 MOST_TIGHTENED = 4
 
 
@@ -41,8 +42,8 @@ class Budget:
         assert budget is not None
         if self._num_tightened == MOST_TIGHTENED:
             return None
+        self._spare_bytes += (peak_bytes - budget) << self._num_tightened
         self._num_tightened += 1
-        self._spare_bytes += peak_bytes - budget
         for _ in range(2):
             job = Planning(timeline, link, self.goal, agree=False)
             job.run()
