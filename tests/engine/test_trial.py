@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
+import time
 from typing import Any
 
 import pytest
@@ -274,6 +276,30 @@ def test_what_deriving_takes_is_found_whatever_else_backward_waits_for(
         steps = offloader.timeline
         assert steps is not None
     assert {section.selective_ms for section in steps.sections} == {250.0}
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_backward_that_comes_again_over_one_graph_is_not_counted_again(
+    times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = []
+    took = derived.Stopwatch.took
+    monkeypatch.setattr(derived.Stopwatch, "took", lambda self, start: marks.append(self) or took(self, start))
+    _, model = models(num_layers=9)
+    deriving_takes(0.25, monkeypatch)
+    with offload(model, max_slowdown=10.0, recompute="auto") as offloader:
+        until = time.monotonic() + 30
+        while offloader.plan is None and time.monotonic() < until:
+            loss = model(rows()[0]).square().mean()
+            for _ in range(times - 1):
+                loss.backward(retain_graph=True)
+            loss.backward()
+            del loss
+            time.sleep(0.002)
+        steps = offloader.timeline
+        assert steps is not None
+    assert {section.selective_ms for section in steps.sections} == {250.0}
+    assert collections.Counter(map(id, marks)).most_common(1)[0][1] <= 2, "one for each handle, whoever asks again"
 
 
 def test_steps_under_a_plan_take_no_time_of_deriving(monkeypatch: pytest.MonkeyPatch) -> None:

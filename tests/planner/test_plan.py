@@ -145,6 +145,21 @@ def test_near_the_floor_some_move_some_are_computed_again_and_some_stay(move_us)
         assert simulate(timeline, made, link).step_ms <= price * timeline.step_ms
 
 
+@pytest.mark.parametrize(("count", "price"), [(16, 1.31), (24, 1.29), (32, 1.27)])
+def test_near_the_floor_many_sections_are_mixed_too(count, price):
+    """The smallest peak that is found; a little effort is spread over all mixes."""
+    timeline = blocks(count)
+    smallest = list(frontier_of(timeline, LINK))[-1]
+    made = plan(timeline, LINK, Goal(device_budget=smallest.peak_bytes))
+    assert simulate(timeline, made, LINK).step_ms <= price * timeline.step_ms
+
+
+@pytest.mark.parametrize("caution", [-0.1, 1.1, float("nan"), "1", True, None])
+def test_a_caution_that_is_no_part_is_refused(caution):
+    with pytest.raises(ValueError, match=r"caution is the part of a price .* from 0 to 1"):
+        plan(decoder(2), LINK, Goal(max_slowdown=0.03), caution=caution)
+
+
 def test_with_caution_part_of_a_price_is_not_spent():
     timeline = decoder(8)
     bold, careful = (plan(timeline, LINK, Goal(max_slowdown=0.03), caution=part) for part in (1.0, 0.5))

@@ -116,8 +116,11 @@ def plan(timeline: Timeline, link: Link, goal: Goal, *, caution: float = 1.0) ->
 
     Raises:
         BudgetError: no plan keeps the peak within `goal.device_budget`; it names the smallest that was found.
-        ValueError: a rule of the goal matches nothing, or cannot be followed.
+        ValueError: a rule of the goal matches nothing, or cannot be followed; or `caution` is not from 0 to 1.
     """
+    given: object = caution
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= 1:
+        raise ValueError(f"caution is the part of a price that may be spent, a number from 0 to 1; got {caution!r}.")
     allowed = choices(timeline, goal)
     kept = nothing(timeline)
     before = _kept_peak(timeline, link)

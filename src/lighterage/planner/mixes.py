@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from .frontier import Modes
 from .plan import Mode
+from .thrift import halving
 
 # Note [What plans come to]
 # Near the floor the best plans look alike: the first sections are moved, those after them computed again, and the last
@@ -20,14 +21,15 @@ _MOST_HEAD = 3 / 8
 """Of the sections, those from the first on that are moved while others are computed again."""
 
 
-def mixes(start: Modes, choices: Sequence[Sequence[Mode]]) -> Iterator[tuple[Modes, frozenset[int]]]:
-    """Modes, and the sections of which all is moved.
+def mixes(start: Modes, choices: Sequence[Sequence[Mode]]) -> list[tuple[Modes, frozenset[int]]]:
+    """Modes, and the sections of which all is moved; such that any beginning of them is spread over all.
 
     Args:
         start: of each section, its mode where nothing is computed again.
         choices: of each section, the modes that it may have.
     """
     again = [section for section, modes in enumerate(choices) if "recompute" in modes]
+    found: list[tuple[Modes, frozenset[int]]] = []
     for light in _light(start, choices):
         for head in _parts_of(len(again), _MOST_HEAD):
             for lead in (0, 1) if head > 1 else (0,):
@@ -36,7 +38,8 @@ def mixes(start: Modes, choices: Sequence[Sequence[Mode]]) -> Iterator[tuple[Mod
                     modes: list[Mode] = [*start[:first], *light[first:]]
                     for section in again[:lead] + again[head : head + count]:
                         modes[section] = "recompute"
-                    yield tuple(modes), frozenset(again[lead:head])
+                    found.append((tuple(modes), frozenset(again[lead:head])))
+    return [found[int(number)] for number in halving(range(len(found)))]
 
 
 def _light(start: Modes, choices: Sequence[Sequence[Mode]]) -> list[Modes]:

@@ -86,12 +86,12 @@ class Search:
         step = (self.base.peak_bytes - smallest) / _NUM_LEVELS
         if step > 0:
             levels = [self.base.peak_bytes - step * number for number in range(1, _NUM_LEVELS)] + [smallest]
+            self._mix(self._effort - self._effort // 6)
             for number, modes in enumerate(path):
                 # Something is left to each of the others, and to the improvement of what they find.
                 first = 4 if self._thrift is None else 2
                 share = self._effort // (len(path) - number + 2 if number else min(len(path) + 2, first))
                 self._sweep(modes, levels, self._effort - share)
-            self._mix(self._effort - self._effort // 4)
             self._improve()
             self._search_modes(levels)
         return self.frontier

@@ -43,7 +43,7 @@ class Thrift:
         dearest, step_ms = max(chain.ms[-1] for chain in chains), sum(layout.ms)
         prices = itertools.takewhile(lambda ms: ms < dearest, (step_ms * part for part in _PRICES))
         bought = {min(chain.least[chain.within(ms)] for chain in chains) for ms in prices}
-        pairs = itertools.zip_longest(_spread(bought), _spread(levels))
+        pairs = itertools.zip_longest(halving(bought), halving(levels))
         return [level for pair in pairs for level in pair if level is not None]
 
     def reaching(self, modes: Modes, layout: Layout, level: float) -> list[tuple[float, frozenset[int]]]:
@@ -102,7 +102,7 @@ class Thrift:
         return self._chains[modes]
 
 
-def _spread(levels: Collection[float]) -> list[float]:
+def halving(levels: Collection[float]) -> list[float]:
     """The middle first, then the middles of both halves, and so on."""
     every = sorted(levels)
     stride = 1 << len(every).bit_length() >> 1

@@ -193,6 +193,7 @@ class Derived:
             if stopwatch is None or outer is not None:
                 whole = derivation.unpack()
             else:
+                self._stopwatch = None  # once is what backward takes: others may follow over the same graph
                 start = stopwatch.mark()
                 whole = derivation.unpack()
                 stopwatch.took(start)
