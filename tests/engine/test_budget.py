@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from lighterage import Policy
@@ -46,8 +48,8 @@ def tighter(budget: Budget, took_mib: int, foreseen_mib: int | None = None) -> b
     timeline = decoder(2)
     foreseen: Prediction | None = None
     if foreseen_mib is not None:
-        foreseen = simulate(timeline, plan_of_nothing(timeline), LINK)
-        object.__setattr__(foreseen, "peak_bytes", foreseen_mib * MIB)
+        kept = simulate(timeline, plan_of_nothing(timeline), LINK)
+        foreseen = dataclasses.replace(kept, peak_bytes=foreseen_mib * MIB)
     return budget.tighter(took_mib * MIB, timeline, LINK, foreseen) is not None
 
 

@@ -11,11 +11,11 @@ from .thrift import halving
 # Note [What plans come to]
 # Near the floor the best plans look alike: the first sections are moved, those after them computed again, and the last
 # kept, whole or but for what is cheap. The first section is the one that backward comes to last; where the peak is
-# there, computing it again frees nothing, while a copy of it has all of the step to leave and to come back; where there
-# is room for it by then, it is computed again, and those after it are moved. What the
-# last sections save is gone by then. The path of the search has none of these: it computes sections again from the last
-# to the first, and moves what is idle for long, whatever section it is of. From there it is many changes away, each of
-# which makes the plan worse. On blocks of experts, at a budget of 8.27 GiB, it came to 216 ms where 143 do.
+# there, computing it again frees nothing, while a copy of it has all of the step to leave and to come back. Where there
+# is room for it by then, it is computed again, and those after it are moved. What the last sections save is gone by
+# then. The path of the search has none of these: it computes sections again from the last to the first, and moves what
+# is idle for long, whatever section it is of. From there it is many changes away, each of which makes the plan worse.
+# Blocks of experts in bf16 were planned at 218 ms within 8.27 GiB before, and at 145 with these.
 
 _MOST_HEAD = 3 / 8
 """Of the sections, those from the first on that are moved while others are computed again."""

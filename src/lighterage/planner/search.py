@@ -12,14 +12,14 @@ from collections.abc import Iterator, Sequence
 
 from .frontier import Frontier, Modes, Point
 from .goal import Choices
-from .layout import NEVER, Layout, costs_host, is_saved, lay_out, recompute_time
+from .layout import Layout, costs_host, is_saved, lay_out, recompute_time
 from .mixes import mixes
 from .plan import Mode
 from .run import Run
 from .schedule import Pace, Schedule
 from .thrift import Thrift
 from .timeline import Link, Timeline
-from .worth import opening_ms
+from .worth import by_idleness, opening_ms
 
 _PACES = (Pace(), Pace(2.5), Pace(8.0), Pace(8.0, True))
 
@@ -73,7 +73,7 @@ class Search:
             place for key, place in self._place.items() if free[place] and choices.bound.get(key) == "offload"
         )
         may = {place for key, place in self._place.items() if free[place] and key not in choices.bound}
-        self._order = self._by_idleness(may)
+        self._order = by_idleness(timeline, self._place, may)
         self._thrift = Thrift(link, self._place, self.must, self._order) if costs_host(timeline, link) else None
         self.start: Modes = tuple(modes[0] for modes in choices.modes)
         self.base = self._try(self.start, self.must, float("inf"))
@@ -101,12 +101,8 @@ class Search:
         for modes, head in mixes(self.start, self._choices.modes):
             if self._effort <= until:
                 return
-            if not head:
-                self._try(modes, self.must, math.inf)
-                continue
             moved = self.must.union(place for place in self._order if self._section[place] in head)
-            least = self._try(modes, moved, 0.0).peak_bytes
-            self._try(modes, moved, least)
+            self._try(modes, moved, self._try(modes, moved, 0.0).peak_bytes if head else math.inf)
 
     def _search_modes(self, levels: list[float]) -> None:
         """With the effort that is left, the modes that are not on the path, if they are not too many."""
@@ -168,17 +164,6 @@ class Search:
             return set()
         at = (self._place[item.section, item.allocation.save] for item in layout.items)
         return {index for index, place in enumerate(at) if place in places}
-
-    def _by_idleness(self, may: set[int]) -> list[int]:
-        layout = lay_out(self.timeline, ["save"] * len(self.timeline.sections))
-        starts = [0.0, *itertools.accumulate(layout.ms)]
-        idle: list[tuple[float, int]] = []
-        for item in layout.items:
-            place = self._place[item.section, item.allocation.save]
-            if place in may:
-                end = starts[-1] if item.need[0] == NEVER else starts[int(item.need[0])] + item.need[1]
-                idle.append((starts[item.birth[0]] + item.birth[1] - end, place))
-        return [place for _, place in sorted(idle)]
 
     def _path(self) -> list[Modes]:
         """From nothing computed again to everything, one section after another, the cheapest bytes first.

@@ -1,14 +1,17 @@
-"""In which order to move where the host works for each move: by the bytes that are away at the peak, for its time."""
+"""In which order to move: the longest idle first.
+
+Or, where the host works for each move, by the bytes that are away at the peak for its time.
+"""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
-from .layout import BIRTH, DEATH, GONE, NEED, NEVER, REBORN, WORK, Item, Layout, host_time
-from .timeline import Link
+from .layout import BIRTH, DEATH, GONE, NEED, NEVER, REBORN, WORK, Item, Layout, host_time, lay_out
+from .timeline import Link, Timeline
 
 _DEPTHS = (0.0, 1.0)
 """How far under the peak, in parts of what can be freed, a moment is that counts."""
@@ -105,6 +108,19 @@ class Chain:
     def within(self, ms: float) -> int:
         """The most moves that make the step at most so much longer, if none is waited for."""
         return max(bisect.bisect_right(self.ms, ms + _LEAST_MS) - 1, 0)
+
+
+def by_idleness(timeline: Timeline, place: Mapping[tuple[int, int], int], may: Collection[int]) -> list[int]:
+    """The places of `may`, by how long what is there lies idle, the longest first. `place`: by section and save."""
+    layout = lay_out(timeline, ["save"] * len(timeline.sections))
+    starts = [0.0, *itertools.accumulate(layout.ms)]
+    idle: list[tuple[float, int]] = []
+    for item in layout.items:
+        at = place[item.section, item.allocation.save]
+        if at in may:
+            end = starts[-1] if item.need[0] == NEVER else starts[int(item.need[0])] + item.need[1]
+            idle.append((starts[item.birth[0]] + item.birth[1] - end, at))
+    return [at for _, at in sorted(idle)]
 
 
 def opening_ms(layout: Layout, section: int) -> float:
