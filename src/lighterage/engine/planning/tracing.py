@@ -17,8 +17,6 @@ through `.data` or an alias of another library after the first step is not notic
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +24,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode
 
+from ...unseen import unseen
 from ..scopes import Pack, Unpackable
 from ..sections import Section
 from ..views import byte_range
@@ -43,6 +42,10 @@ _MOST_READ = 4
 
 _ALIGNED = 15
 """Kernels of reductions go by another way, and may sum in another order, where an operand begins at an odd address."""
+
+
+_SEVERAL = (tuple, list)
+_HOLD_TENSORS = (torch.Tensor, *_SEVERAL)
 
 
 class _Operand(NamedTuple):
@@ -107,21 +110,30 @@ class Tracer(TorchDispatchMode):
         for known in (self._made, self._refs, self._saved, self._derivations):
             known.clear()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Two more frames around each operator would do what `unseen` does at no cost."""
+        return False
+
+    @unseen
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
+        out = func(*args, **kwargs) if kwargs else func(*args)
         # With gradients off it is inside of an autograd.Function, or of no use to backward.
-        if not self.paused and is_cheap(func) and torch.is_grad_enabled():
-            with contextlib.suppress(_Untraceable, NotImplementedError, RuntimeError):  # the last two: without memory
-                self._note(func, args, kwargs, out)
+        if is_cheap(func) and not self.paused and torch.is_grad_enabled():
+            try:
+                self._note(func, args, kwargs or {}, out)
+            except (_Untraceable, NotImplementedError, RuntimeError):  # the last two: without memory
+                return out
         return out
 
     def _note(self, func: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
-        keys: set[int] = set()
-        spec = [self._told(value, keys) for value in args]
-        named = {name: self._told(value, keys) for name, value in kwargs.items()}
-        operand_bytes = sum(one.hi - one.lo for one in _operands([spec, list(named.values())]))
-        several = isinstance(out, tuple | list)
+        given: list[_Operand] = []
+        spec = [self._told(value, given) if isinstance(value, _HOLD_TENSORS) else value for value in args]
+        named = {name: self._told(value, given) for name, value in kwargs.items()}
+        keys, operand_bytes = [one.key for one in given], 0
+        for one in given:
+            operand_bytes += one.hi - one.lo
+        several = isinstance(out, _SEVERAL)
         for number, tensor in enumerate(out if several else (out,)):
             if not _is_plain(tensor):
                 continue
@@ -144,20 +156,21 @@ class Tracer(TorchDispatchMode):
                 operand_bytes,
             )
 
-    def _told(self, value: Any, keys: set[int]) -> Any:
-        """`value` with an operand in the place of each tensor. Adds the tensors' storages to `keys`."""
+    def _told(self, value: Any, given: list[_Operand]) -> Any:
+        """`value` with an operand in the place of each tensor. Adds them to `given`."""
         if isinstance(value, torch.Tensor):
-            return self._operand(value, keys)
-        if isinstance(value, list | tuple):
-            return [self._told(one, keys) for one in value]
+            operand = self._operand(value)
+            given.append(operand)
+            return operand
+        if isinstance(value, _SEVERAL):
+            return [self._told(one, given) for one in value]
         return value
 
-    def _operand(self, tensor: torch.Tensor, keys: set[int]) -> _Operand:
+    def _operand(self, tensor: torch.Tensor) -> _Operand:
         if not _is_plain(tensor) or tensor.data_ptr() & _ALIGNED:
             raise _Untraceable
         storage = tensor.untyped_storage()
         key, version = storage._cdata, tensor._version
-        keys.add(key)
         if key not in self._refs:
             self._refs[key] = StorageWeakRef(storage)
         made = self._made.get(key)
@@ -238,14 +251,6 @@ class Tracer(TorchDispatchMode):
             raise _Untraceable
         passing = self._derive(value.made, left, lasting=False)
         return Source(passing, value.made.lo, value.lo, value.dtype, value.size, value.stride)
-
-
-def _operands(values: list[Any]) -> Iterator[_Operand]:
-    for value in values:
-        if isinstance(value, _Operand):
-            yield value
-        elif isinstance(value, list):
-            yield from _operands(value)
 
 
 def _is_plain(tensor: Any) -> bool:
