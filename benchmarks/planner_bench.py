@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import gc
+import itertools
 import statistics
 from typing import Any
 
@@ -80,26 +81,28 @@ class Bench:
     def pairs(self, mode: Mode, rounds: int) -> Row:
         """`mode` and the step without it in turn, four steps in a row each, the first of them not counted.
 
-        Medians, and the median of the ratios of `mode`'s steps to the mean of those without it just before.
+        Medians, and the median of the ratios of `mode`'s steps to the mean of those without it just before and after:
+        the card drifts by as much as is to be told.
         """
-        mine, plain, ratios, peaks, walls = [], [], [], [], []
+        mine, walls, peaks = [], [], []
         gc.collect()
         gc.disable()  # a collection takes tens of milliseconds, and falls on whoever comes by
         try:
+            plain = [self.steps(self.plain, 1 + IN_A_ROW)[0][1:]]
             for _ in range(rounds):
-                base = self.steps(self.plain, 1 + IN_A_ROW)[0][1:]
                 steps, wall, peak = self.steps(mode, 1 + IN_A_ROW)
-                plain += base
-                mine += steps[1:]
+                mine.append(steps[1:])
                 walls += wall[1:]
                 peaks.append(peak)
-                ratios += [step / statistics.mean(base) for step in steps[1:]]
+                plain.append(self.steps(self.plain, 1 + IN_A_ROW)[0][1:])
         finally:
             gc.enable()
+        beside = [statistics.mean(before + after) for before, after in itertools.pairwise(plain)]
+        ratios = [step / base for steps, base in zip(mine, beside, strict=True) for step in steps]
         return {
-            "device": spread(mine),
+            "device": spread(list(itertools.chain(*mine))),
             "wall": spread(walls),
-            "none": spread(plain),
+            "none": spread(list(itertools.chain(*plain))),
             "ratio": statistics.median(ratios),
             "ratio_spread": [min(ratios), max(ratios)],
             "peak_bytes": max(peaks),

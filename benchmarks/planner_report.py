@@ -58,6 +58,10 @@ def _why(row: Row) -> str:
         told.append(f"times scaled by {row['times_scaled']:.3f}")
     if row.get("plans_remade"):
         told.append(f"made anew from them {row['plans_remade']} times")
+    if row.get("measured_slowdown") is not None:
+        told.append(f"{row['measured_slowdown']:+.1%} in turn with steps at rest")
+    if row.get("plans_corrected"):
+        told.append(f"made anew {row['plans_corrected']} times for breaking its price")
     if row.get("drifts"):
         told.append(f"measured anew {row['drifts']} times")
     return f"- {row['mode']}: {row['why']}" + (f" ({', '.join(told)})" if told else "")
