@@ -48,7 +48,7 @@ def test_in_a_capture_no_link_is_measured_and_what_is_not_planned_is_told(
                 step()  # where warnings are errors, nothing is left open
             step()
         assert offloader.stats(total=True).bytes_out > 0 and not offloader.sections
-        auto._told_of_capture = False
+        auto.events._told_of_capture = False
         with pytest.warns(UserWarning, match="every section moves.*Name keep_last"):
             step()
         with warnings.catch_warnings():

@@ -73,6 +73,11 @@ class Report:
     """By what the times were scaled since they were measured, to be those of steps under the plan."""
     plans_remade: int = 0
     """How often the plan was made anew since then, of the times as they were scaled."""
+    measured_slowdown: float | None = None
+    """The part by which steps under the plan took longer than steps in turn with them in which all stays: 0.02 is 2 %.
+    None where there is no price, or it is not seen yet."""
+    plans_corrected: int = 0
+    """How often the plan was made anew because it broke its price."""
     plan_settled: bool = False
     """Whether steps under the plan were timed, and nothing is in the making that would change what is foreseen."""
     drifts: int = 0
@@ -135,6 +140,8 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         "link": auto.link_text,
         "times_scaled": auto.pace.since_measured,
         "plans_remade": auto.pace.num_remade,
+        "measured_slowdown": auto.price.measured,
+        "plans_corrected": auto.price.num_corrected,
         "plan_settled": auto.is_settled,
         "drifts": auto.num_drifts,
         "agreed_with": auto.agreed_with,
@@ -239,6 +246,8 @@ def _plan_lines(report: Report) -> list[str]:
     if report.times_scaled != 1.0:
         text = f"times scaled by {report.times_scaled:.3f} since they were measured, as steps under the plan took"
         lines.append(text + (f"; made anew from them {report.plans_remade} times" if report.plans_remade else ""))
+    if report.plans_corrected:
+        lines.append(f"made anew {report.plans_corrected} times, since steps under the plan broke its price")
     if report.drifts:
         lines.append(f"measured anew {report.drifts} times, since steps did not fit the plan")
     if report.agreed_with > 1:

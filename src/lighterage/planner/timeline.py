@@ -204,6 +204,13 @@ class Link:
                 f"host waits for the device; got {self}."
             )
 
+    @property
+    def told(self) -> str:
+        """Its rates, for people."""
+        rates = (self.out_bytes_per_s, self.in_bytes_per_s, self.both_bytes_per_s)
+        out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
+        return f"{self.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
+
     def to_json(self) -> str:
         """This link as text that `from_json` reads."""
         return json_form.write(self, "link")

@@ -16,6 +16,12 @@ PATIENCE_S = 10.0
 _LOOK_AGAIN_S = 0.02
 
 
+def is_alone() -> bool:
+    """Whether no other rank waits for the steps of this one, nor this one for theirs."""
+    dist = torch.distributed
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
+
+
 def agreed(timeline: Timeline, link: Link) -> tuple[Timeline, Link, int]:
     """`timeline` with the most of what the ranks with the same sections measured, their slowest link, and their number.
 
@@ -23,8 +29,7 @@ def agreed(timeline: Timeline, link: Link) -> tuple[Timeline, Link, int]:
     device to do, and a rank without an offloader holds nobody up for more than `PATIENCE_S`. Where the store is gone,
     with its process group or the rank that serves it, this rank plans by itself.
     """
-    dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if is_alone():
         return timeline, link, 1
     try:
         said = _all_said(timeline, link)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -15,7 +14,6 @@ from ...planner.prediction import Prediction
 from ...planner.timeline import Link, Timeline
 from ..policy import Policy
 from ..traffic import Traffic
-from ..units import format_bytes
 from .budget import Budget
 from .calibration import Calibration
 from .checks import Checks
@@ -25,6 +23,7 @@ from .events import Events
 from .making import Fault, Planning, begin
 from .measurements import Measurements
 from .pace import SETTLED, scaled
+from .price import Price
 from .room import Room
 from .run import Run
 from .step_log import StepLog
@@ -98,7 +97,6 @@ class Autoplan:
         self._steps = 0
         self._patience = PATIENCE
         self._num_plans = 0
-        self._told_of_capture = False
         self.events = Events(policy, traffic, module_of, device, self._room)
         """Whom to tell of what happens to sections, within a step."""
         self.checks = Checks()
@@ -106,6 +104,8 @@ class Autoplan:
         self._calibration = Calibration(beside=device.type != "cpu")
         self.pace = self._calibration.pace
         """How that compares with what was measured before."""
+        self.price = Price(self._budget.goal.max_slowdown, device, self._clock, self._room)
+        """How that compares with what they take without the plan."""
         self.timeline: Timeline | None = None
         self.prediction: Prediction | None = None
         self.num_drifts = 0
@@ -126,28 +126,18 @@ class Autoplan:
         if self._course is None:
             return f"none yet; the steps are measured ({self._stage.value})"
         why = self._course.plan.why or "as it was given"
-        budget, peak_bytes = self._policy.device_budget_bytes, self.checks.measured_peak_bytes
-        if budget is not None and peak_bytes is not None and peak_bytes > budget:
-            why += (
-                f" A step under it took {format_bytes(peak_bytes)}, which is more than the budget of "
-                f"{format_bytes(budget)}; no plan for less was found. Raise the budget, or take smaller batches."
-            )
-        return why
+        return f"{why}{self._budget.told(self.checks.measured_peak_bytes)}{self.price.told}"
 
     @property
     def link_text(self) -> str | None:
         """The link, for people."""
-        link = self._link
-        if link is None:
-            return None
-        rates = (link.out_bytes_per_s, link.in_bytes_per_s, link.both_bytes_per_s)
-        out, back, both = (f"{rate / 1e9:.1f}" for rate in rates)
-        return f"{link.name or 'unnamed'}: {out} GB/s out, {back} in, {both} in total both ways"
+        return None if self._link is None else self._link.told
 
     def use(self, plan: Plan, timeline: Timeline) -> None:
         """Carry `plan` out from the next step on, and measure nothing more."""
         self._given = True
         self._calibration.stop()
+        self.price.stop()
         self.pace.measured()  # its times are as they were given
         self._course = Course(plan, timeline, self._measurements.recipes())
         self._measurements.clear()
@@ -168,7 +158,7 @@ class Autoplan:
         """
         self.events.step_begins()  # whatever comes of it below, what is left of another step is none of this one's
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            self._tell_of_capture()
+            self.events.captured()
             return  # what is captured does not run, so that it takes no time: it is none of the steps
         if self._link is None and not self._given and self._device.type != "cpu":
             self._link = self._measure_link()  # the first step is slow anyway
@@ -177,10 +167,10 @@ class Autoplan:
         if self._stage is Stage.PLANNED:
             assert self._course is not None
             # What is saved has to be told for the peak where no allocator can tell it.
-            number = self._steps + 1
-            timed = self.checks.is_due(number) or self._calibration.is_due(number, self.checks)
-            log = self._new_log(detailed=self._gauge.now() is None) if timed else None
-            self.events.step_begins(log, Run(self._course))
+            number, course = self._steps + 1, self._turn()
+            timed = course is not None or self.checks.is_due(number) or self._calibration.is_due(number, self.checks)
+            log = self._new_log(detailed=course is None and self._gauge.now() is None) if timed else None
+            self.events.step_begins(log, Run(course or self._course))
         elif self._stage is Stage.UNPLANNED:
             assert self._fault is not None
             self.events.step_begins(None, Run(self._fault.course), trial=True)
@@ -191,16 +181,6 @@ class Autoplan:
             self.events.step_begins(self._new_log(detailed=True), first=True)
         elif self._stage is Stage.TIMING and len(self._measurements.timed) < TIMED_STEPS:
             self.events.step_begins(self._new_log(detailed=True))
-
-    def _tell_of_capture(self) -> None:
-        if not self._told_of_capture:
-            self._told_of_capture = True
-            warnings.warn(
-                "a graph is captured under an offloader that plans from what it measures, and in a capture nothing can "
-                "be measured: every section moves, without budgets, rules or computing again. Name keep_last, "
-                "release_after or prefetch_ahead to say what moves.",
-                stacklevel=2,
-            )
 
     def _new_log(self, *, detailed: bool) -> StepLog:
         return StepLog(self._clock, self._gauge, detailed=detailed)
@@ -223,11 +203,13 @@ class Autoplan:
         if self._stage is Stage.PLANNED:
             if run is not None:
                 self._steps += 1
-                if log is not None and run.course is self._course:
-                    unready = self._unready() > self._unready_before
-                    if not (unready and self.checks.passes_over()):
-                        self.checks.take(log, fits=not (run.strange or run.is_smaller or unready))
-                if run.strange:
+                unready = self._unready() > self._unready_before
+                fits = not (run.strange or run.is_smaller or unready)
+                if self.price.took(log, run.course, fits=fits):
+                    pass
+                elif log is not None and run.course is self._course and not (unready and self.checks.passes_over()):
+                    self.checks.take(log, fits=fits)
+                if run.strange and run.course is self._course:
                     self._measure_again()
         elif log is not None:
             self._take(log)
@@ -284,20 +266,20 @@ class Autoplan:
         self._measurements.recipes()
         if self._link is None:
             self._link = self._measure_link()
-        timeline = self._measurements.timeline()
+        timeline = self.price.charged(self._measurements.timeline())
         self._link = self._measurements.seen_over(self._link)
         self._job = Planning(timeline, self._link, self._budget.goal, agree=self._num_plans == 0)
         self._stage = Stage.PLANNING
         self._measurements.clear()
-        if self._device.type == "cpu":
-            try:
+        try:
+            if self._device.type == "cpu":
                 self._job.run()
-            except BaseException:  # Ctrl-C, which may be caught further out: training goes on, its plan is still due
-                self._job = None
-                self._start_over()
-                raise
-        else:
-            begin(self._job)
+            else:
+                begin(self._job)
+        except BaseException:  # Ctrl-C, which may be caught further out: training goes on, its plan is still due
+            self._job = None
+            self._start_over()
+            raise
 
     def _adopt(self, job: Planning, *, measured: bool) -> None:
         """Carry out, from this step on, what was planned. `measured`: from a new measurement.
@@ -324,6 +306,7 @@ class Autoplan:
         self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
         self.checks.new_plan()
         self._calibration.follow(job, measured=measured)
+        self.price.follow(job.plan, job.num_ranks)
         self._stage = Stage.PLANNED
         self._steps = 0
         self._num_plans += 1
@@ -361,11 +344,19 @@ class Autoplan:
                 self.timeline = timeline
         job = self._calibration.remade()
         if job is not None:
+            self.price.replaced(self.pace)
             self._adopt(job, measured=False)
-        elif self._may_remake and self.pace.asks_for_a_plan(self._steps):
+        elif self._may_remake and not self.price.is_due:  # what a plan costs must not pass for the machine's pace
+            for_price = self.price.asks_for_a_plan
+            if not for_price and (self.price.is_broken or not self.pace.asks_for_a_plan(self._steps)):
+                return
             assert self.timeline is not None
+            assert self.prediction is not None
             assert self._link is not None
-            self._calibration.remake(Planning(self.timeline, self._link, self._budget.goal, agree=False))
+            old = self.timeline
+            timeline = self.price.corrected(old, self.prediction, self.pace) if for_price else old
+            job = Planning(timeline, self._link, self._budget.goal, agree=False)
+            self._calibration.remake(job, at_pace=not for_price)
 
     @property
     def _may_remake(self) -> bool:
@@ -378,10 +369,19 @@ class Autoplan:
             return False
         return self._calibration.follows and not self._calibration.in_the_making and not self.pace.doubts
 
+    def _turn(self) -> Course | None:
+        """What the step that begins carries out, to see what steps under the plan cost; None: it is one like others."""
+        if self._course is None or self.timeline is None or not (self.price.is_due and self._may_remake):
+            return None
+        waits = self._steps < SETTLED or self._calibration.is_due(self._steps + 1, self.checks)
+        return None if waits else self.price.turn(self._course, self.timeline, self._measurements.may_rest)
+
     @property
     def is_settled(self) -> bool:
         """Whether the plan is carried out, its steps were timed, and nothing that would change it is in the making."""
         if self._stage is not Stage.PLANNED or self.checks.pending or self._calibration.in_the_making:
+            return False
+        if self.price.is_due or self.price.asks_for_a_plan:
             return False
         return self._given or (self._steps > SETTLED and not self._calibration.is_due(self._steps + 1, self.checks))
 

@@ -7,6 +7,7 @@ from ...planner.goal import Goal
 from ...planner.prediction import Prediction
 from ...planner.timeline import Link, Timeline
 from ..policy import Policy
+from ..units import format_bytes
 from .making import Planning, goal_of
 
 # So often a plan is made for less, after a step under it took more than the budget. Each time twice as much of what it
@@ -32,6 +33,16 @@ class Budget:
         """Whether steps that take so much do not keep to it."""
         budget = self._policy.device_budget_bytes
         return budget is not None and peak_bytes is not None and peak_bytes > budget
+
+    def told(self, peak_bytes: int | None) -> str:
+        """What to say of a step that took so much; nothing where it kept to the budget."""
+        budget = self._policy.device_budget_bytes
+        if budget is None or peak_bytes is None or not self.broken_by(peak_bytes):
+            return ""
+        return (
+            f" A step under it took {format_bytes(peak_bytes)}, which is more than the budget of "
+            f"{format_bytes(budget)}; no plan for less was found. Raise the budget, or take smaller batches."
+        )
 
     def tighter(self, peak_bytes: int, timeline: Timeline, link: Link, foreseen: Prediction | None) -> Planning | None:
         """A plan for less, after a step took `peak_bytes` under one of which `foreseen` was; None where none is better.

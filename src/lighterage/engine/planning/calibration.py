@@ -27,6 +27,7 @@ class Calibration:
         self._foreseeing: tuple[Foreseeing, float] | None = None
         """What the plan will do with its times scaled by so much more."""
         self._remaking: Planning | None = None
+        self._at_pace = True
         self._compared = False
         """Whether a step of the plan was compared after clocks had settled."""
 
@@ -87,11 +88,10 @@ class Calibration:
         assert self._made_for is not None
         job = Foreseeing(self.scaled(by), plan, self._made_for)
         if self._beside:
-            self._foreseeing = job, by
             begin(job)
         else:
             job.run()
-            self._foreseeing = job, by
+        self._foreseeing = job, by  # an interrupt meanwhile leaves nothing that would be waited for
 
     def scaled(self, factor: float) -> Timeline:
         """What the plan was made of, at the pace that is known and `factor` times as long."""
@@ -108,11 +108,14 @@ class Calibration:
         self.pace.scale(factor)
         return job.timeline, job.prediction
 
-    def remake(self, job: Planning) -> None:
-        """Have a plan made of the scaled timeline; the one in force is carried out meanwhile."""
-        self.pace.num_tried += 1
-        self._remaking = job
+    def remake(self, job: Planning, *, at_pace: bool) -> None:
+        """Have a plan made of the scaled timeline; the one in force is carried out meanwhile.
+
+        `at_pace`: whether that is because of the pace, for which it is done so often.
+        """
+        self.pace.num_tried += at_pace
         begin(job)
+        self._remaking, self._at_pace = job, at_pace
 
     def remade(self) -> Planning | None:
         """The plan that was made anew, once, when it is ready."""
@@ -122,5 +125,5 @@ class Calibration:
         self._remaking = None
         if job.error is not None:
             return None  # what stands in the way of another plan is no reason to leave the one that there is
-        self.pace.num_remade += 1
+        self.pace.num_remade += self._at_pace
         return job

@@ -1,4 +1,4 @@
-"""Marks in the work of a device, and the time between them; reading them never waits for the device."""
+"""Marks in the work of a device, and the time between them; reading them does not wait for the device."""
 
 from __future__ import annotations
 
@@ -22,6 +22,10 @@ class Clock(Protocol):
         """Whether the device has come past `mark`. Never blocks."""
         ...
 
+    def catch_up(self) -> None:
+        """Block the calling thread until the device has done what was issued to the current stream."""
+        ...
+
     def ms(self, start: Mark, end: Mark) -> float:
         """Milliseconds between two marks that have passed."""
         ...
@@ -35,6 +39,9 @@ class HostClock:
 
     def passed(self, mark: Mark) -> bool:
         return True
+
+    def catch_up(self) -> None:
+        pass
 
     def ms(self, start: Mark, end: Mark) -> float:
         assert isinstance(start, float)
@@ -56,6 +63,11 @@ class DeviceClock:
     def passed(self, mark: Mark) -> bool:
         assert not isinstance(mark, float)
         return bool(mark.query())
+
+    def catch_up(self) -> None:
+        event = torch.Event(self._device)
+        torch.accelerator.current_stream(self._device).record_event(event)
+        event.synchronize()
 
     def ms(self, start: Mark, end: Mark) -> float:
         assert not isinstance(start, float)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -51,7 +52,7 @@ class Events:
         self._repeatable = Repeatable()
         self._log: StepLog | None = None
         self._run: Run | None = None
-        self._first = self._trial = False
+        self._first = self._trial = self._told_of_capture = False
         self._proofs: dict[object, Proof] = {}
         """By kinds of sections, whether what they derive is what they save."""
         self._restless: set[str] = set()
@@ -71,6 +72,17 @@ class Events:
         self._log, self._run, self._first, self._trial = log, run, first, trial
         self._proofs = {}
         self._repeatable.step_begins()
+
+    def captured(self) -> None:
+        """A graph is captured: warns, once, that nothing is planned for it."""
+        if not self._told_of_capture:
+            self._told_of_capture = True
+            warnings.warn(
+                "a graph is captured under an offloader that plans from what it measures, and in a capture nothing can "
+                "be measured: every section moves, without budgets, rules or computing again. Name keep_last, "
+                "release_after or prefetch_ahead to say what moves.",
+                stacklevel=3,
+            )
 
     def step_ended(self) -> tuple[StepLog | None, Run | None]:
         """What the step saved is gone; its log and its run."""
@@ -113,6 +125,7 @@ class Events:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
+        log.input_bytes += 0 if call is None else sum(tensor.nbytes for tensor in call.tensors)
         if not self._first or section.gap:
             return around
         module = self._module_of(section.name)

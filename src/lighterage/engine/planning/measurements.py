@@ -34,6 +34,8 @@ class Measurements:
         self._costs: dict[object, Costs] = {}
         self._classes: dict[int, object] = {}
         """By section, what is the same for those that take the same time."""
+        self.may_rest: frozenset[int] = frozenset()
+        """The sections that are like one that was seen to rest in the trial."""
         self._before_trial: Timeline
         """What the trial is planned for, once its sections are chosen."""
 
@@ -104,6 +106,8 @@ class Measurements:
         times = [phase_ms(log) for log in self.timed]
         usual = {index: (_least(times, "forward", index), _least(times, "backward", index)) for index in self._classes}
         self._costs = self.trial.costs(usual)
+        rested = self.trial.rested()
+        self.may_rest = frozenset(index for index, one in self._classes.items() if one in rested)
         found = {index: self._costs[one] for index, one in self._classes.items() if one in self._costs}
         return _with_what_stays(self._read(found), self._still_alive.saves)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..policy import Policy
 from .clock import Gauge
+from .course import TOLERANCE
 from .step_log import StepLog
 
 
@@ -13,12 +14,15 @@ class Room:
     def __init__(self, gauge: Gauge, policy: Policy) -> None:
         self._gauge = gauge
         self._policy = policy
-        self._most_bytes = 0
+        self._most_bytes = self._step_bytes = 0
         self.limit: int | None = None
         """What steps took under the plan so far: measuring anew must not take more. None: there is no plan yet."""
 
     def seen(self, log: StepLog) -> None:
-        """A step is over: the largest of its sections is what one more may save."""
+        """A step is over: the largest of its sections is what one more may save, and it took so much in all."""
+        peaks = [boundary.peak_bytes for boundary in log.boundaries if boundary.peak_bytes is not None]
+        if peaks and log.used_bytes is not None:
+            self._step_bytes = max(self._step_bytes, max(peaks) - log.used_bytes)
         for section in log.sections:
             self._most_bytes = max(self._most_bytes, sum(save.held_bytes for save in section.saves))
 
@@ -56,3 +60,8 @@ class Room:
             return False
         room = self._gauge.room()
         return room is None or room > nbytes
+
+    def has_for_step(self) -> bool:
+        """Whether a step may begin that takes the most that one has taken, and as much more as one may be larger."""
+        total = self._gauge.total()
+        return total is None or self.has(int((1 + TOLERANCE) * self._step_bytes) + total // 20)

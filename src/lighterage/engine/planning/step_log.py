@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import torch
 
@@ -74,8 +75,18 @@ class StepLog:
         self._lock = threading.Lock()
         self._callbacks: set[int] = set()
         self.closed = False
+        self.used_bytes = gauge.now()
+        """Of the device's memory, as it begins; None where no allocator can tell."""
+        self._begun_s = self._ended_s = time.perf_counter()
+        self.input_bytes = 0
+        """What its sections are called with."""
         self.gauge.start()
         self._bound("other", None)
+
+    @property
+    def host_ms(self) -> float:
+        """What the host took to issue it, up to the end of backward."""
+        return 1e3 * (self._ended_s - self._begun_s)
 
     # --- phases -----------------------------------------------------------------------------------------------------
 
@@ -84,6 +95,8 @@ class StepLog:
             boundary = Boundary(direction, section, self.clock.mark())
             if self.boundaries:
                 boundary.caught_up = self.clock.passed(self.boundaries[-1].at)
+            if ends:
+                self._ended_s = time.perf_counter()
             # To ask an allocator takes tens of microseconds: where the host is what phases wait for, that is told too.
             if self.detailed or ends:
                 boundary.peak_bytes = self.gauge.peak()

@@ -141,6 +141,16 @@ class Trial:
         fetches = tuple(tuple(back) if number == turn else () for number in range(len(timeline.phases)))
         return Plan(sections=tuple(sections), fetches=fetches)
 
+    def rested(self) -> set[object]:
+        """The classes of which a section ran at rest, and backward was seen to come to it."""
+        found = set()
+        for log in self.logs:
+            ms = phase_ms(log)
+            for section in log.sections:
+                if section.index is not None and section.role == "bare" and _whole(ms, section.index):
+                    found.add(self._classes[section.index])
+        return found
+
     def others_part(self, timed: list[StepLog]) -> float:
         """Of the time that passes between sections in `timed`, what passes there in the trial."""
         if self._on_host or not self.logs:

@@ -1,0 +1,327 @@
+"""Sees whether steps under a plan keep to the price that it was made for, by steps without it in turn with them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from ...planner.choose import nothing
+from ...planner.plan import Plan, SectionPlan
+from ...planner.prediction import Prediction
+from ...planner.timeline import Timeline
+from .agree import is_alone
+from .clock import Clock
+from .course import Course
+from .pace import Pace, scaled
+from .room import Room
+from .step_log import StepLog
+
+# Note [A price is seen to be kept]
+# What a plan costs is foreseen from what a few steps took, and the host's part of that changes from minute to minute:
+# the same plan of eight blocks of experts, foreseen at 1.9 %, came out at 1.4 % and at 6 % on one day. Nor can
+# planned steps alone tell: where they are slow it may be the machine that is (see Note [The pace of steps]). So once
+# a plan has settled, rows of steps at rest and rows of steps under it run in turn. Before each the host waits for the
+# device: a host that is ahead of it by half a step, since those at rest left it the time, would hide what the plan
+# costs it for the length of a row. The first step of a row fills the device again, and is not read. A planned row is
+# compared with the rows at rest on both its sides. Rows are added until two planned ones keep to the price, or three
+# do not: where the machine is quiet, that is five rows. Where the price is not kept, what steps took beyond what was
+# foreseen is charged to what the plan has not left at rest, and a plan is made anew. Of the rows that broke the price
+# the least counts: chance alone breaks it now and then, and must not cost all that a plan frees. Only steps of one
+# size are compared: what is smaller takes less time, at rest and under a plan. The host may be what breaks a price,
+# in the next minute: where it would if the host took a tenth longer, the price is taken to be broken. A plan of
+# blocks of experts in bf16 cost 2.1 % in such rows, and 15 % in rows a minute later.
+
+IN_A_ROW = 4
+"""Steps, of which the first is not read."""
+
+KEEPS, BREAKS = 2, 3
+"""So many planned rows that keep to the price settle that it is kept; so many that do not, that it is broken."""
+
+MOST_MISSED, MOST_BEGUN = 12, 1000
+"""Steps that cannot be read, or that begin and do not end, before the question is given up."""
+
+HOST_CAUTION = 1.1
+"""By so much longer the host may take in a minute that is not seen."""
+
+NOISE = 0.001
+"""Of a step: rows of steps that do the same come out by so much apart on a quiet machine."""
+
+ALIKE = 0.02
+"""By so large a part of what its sections are given a step may differ from the first."""
+
+MOST_CORRECTED = 3
+"""So often a plan is made anew for what steps under it cost, at most."""
+
+
+class _Row(NamedTuple):
+    """The median step of a row, in milliseconds."""
+
+    ms: float
+    host_ms: float
+    """What the host took to issue it."""
+
+
+class _Part(NamedTuple):
+    """By what part of a step at rest planned ones took longer."""
+
+    steps: float
+    host: float
+    """If the host took by `HOST_CAUTION` longer, and the device waited for it."""
+
+
+def _beyond(rows: Sequence[_Row]) -> _Part:
+    """Of a planned row, the second of three, beside those at rest."""
+    before, planned, after = rows
+    rest_ms, host_ms = (before.ms + after.ms) / 2, HOST_CAUTION * (before.host_ms + after.host_ms) / 2
+    return _Part(planned.ms / rest_ms - 1, HOST_CAUTION * planned.host_ms / max(rest_ms, host_ms) - 1)
+
+
+class Price:
+    """What steps cost under the plan in force. See Note [A price is seen to be kept].
+
+    While it is due, it says of each step what is carried out, and takes its log.
+    """
+
+    def __init__(self, slowdown: float | None, device: torch.device, clock: Clock, room: Room) -> None:
+        """Make one that has no plan to look at.
+
+        Args:
+            slowdown: the price, as a part of the step; None: there is none. On a CPU it is not looked at: its steps
+                would wait for another plan.
+            room: for steps in which all stays.
+        """
+        self._slowdown = None if device.type == "cpu" else slowdown
+        self._clock = clock
+        self._room = room
+        self._plan: Plan | None = None
+        """What may break the price; None: nothing does."""
+        self._open = False
+        """Whether it is yet to be seen what steps cost."""
+        self._at_rest: Course | None = None
+        self._awaited: Course | None = None
+        """What the step under way carries out, if it is one of a row."""
+        self._row: list[StepLog] = []
+        self._rows: list[_Row] = []
+        """Those that are over: at rest and planned in turn."""
+        self._input_bytes: int | None = None
+        """What sections were given in the first step of the first row: only steps of that size are compared."""
+        self._num_missed = self._num_begun = 0
+        self._least: float | None = None
+        """The part by which steps took longer at least, or would if their host did, where that broke the price."""
+        self._correction = 1.0, 0.0
+        """How the plan in the making differs: its pace, and what each section that is not at rest is charged."""
+        self._num_tried = 0
+        self._host_part = 0.0
+        """As `measured`, if the host took by `HOST_CAUTION` longer."""
+        self._charge_ms = 0.0
+        """What a section that is not at rest was found to cost beyond what was foreseen."""
+        self.measured: float | None = None
+        """The part by which steps under the plan took longer, by the rows that settled what becomes of it."""
+        self.num_corrected = 0
+        """How often the plan was made anew for that."""
+
+    def follow(self, plan: Plan, num_ranks: int = 1) -> None:
+        """`plan`, made by so many ranks, is carried out from now on.
+
+        Nothing is looked at among ranks, whose steps wait for each other's.
+        """
+        was_broken = self._plan if self._least is not None else None
+        measured, least = self.measured, self._least
+        self.stop()
+        alone = num_ranks == 1 and is_alone()
+        if not alone or self._slowdown is None or not any(map(_num_charges, plan.sections)):
+            return
+        self._plan, self._open = plan, True
+        if was_broken is not None and _decisions(plan) == _decisions(was_broken):
+            # No other plan is to be had: what was seen of it holds, and there is nothing more to see.
+            self._open, self._num_tried = False, MOST_CORRECTED
+            self.measured, self._least = measured, least
+
+    def stop(self) -> None:
+        """Look at nothing until the next plan, and forget what was seen of this one."""
+        self._close()
+        self._plan = self._least = self.measured = self._input_bytes = None
+        self._num_missed, self._rows = 0, []
+
+    def _close(self) -> None:
+        """Nothing more is to be seen of the plan in force."""
+        self._open = False
+        self._row, self._at_rest, self._awaited = [], None, None
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it is yet to be seen what steps cost. Not where steps must not take all that the device has."""
+        return self._open and not self._room.is_limited
+
+    def turn(self, course: Course, timeline: Timeline, may_rest: frozenset[int]) -> Course | None:
+        """What the step that begins now carries out, to be timed: `course`, of the plan, or that all stays.
+
+        None: nothing is to be seen by it. `may_rest`: the sections of which it was seen that they can.
+        """
+        self._awaited = None
+        try:
+            if len(self._row) == IN_A_ROW:
+                self._clock.catch_up()
+                self._read_row()
+            planned = len(self._rows) % 2 == 1
+            if self._open and not planned and not self._room.has_for_step():
+                self._missed()
+                return None
+            if self._open and not self._row:
+                self._clock.catch_up()
+        except RuntimeError:  # whoever forbids to wait for the device; if it is the device's own error, it comes again
+            self._close()
+        # Steps that are begun and never end are none that could be seen: nobody tells of what they save.
+        self._num_begun += 1
+        if self._num_begun > MOST_BEGUN:
+            self._close()
+        if not self._open:
+            return None
+        if self._at_rest is None:
+            stays = "it stays in this step, beside the plan's"
+            self._at_rest = Course(nothing(timeline), timeline, {}, reason=stays, may_rest=may_rest)
+        self._awaited = course if planned else self._at_rest
+        return self._awaited
+
+    def took(self, log: StepLog | None, course: Course, *, fits: bool) -> bool:
+        """A step is over that has carried out `course`; whether `log` is of a row. `fits`: whether it can be read."""
+        if self._awaited is None or course is not self._awaited:
+            return False
+        self._awaited, self._num_begun = None, 0
+        if log is None and course is self._at_rest:
+            self._close()  # an exception ended it: for want of memory, perhaps, which the plan would have left
+        elif log is None or not fits or not self._is_alike(log):
+            self._missed()
+        else:
+            self._row.append(log)
+        return True
+
+    def _is_alike(self, log: StepLog) -> bool:
+        """Whether its sections were given as much as those of the first: what is larger takes longer."""
+        if self._input_bytes is None:
+            self._input_bytes = log.input_bytes
+        return abs(log.input_bytes - self._input_bytes) <= ALIKE * self._input_bytes
+
+    def _missed(self) -> None:
+        self._num_missed += 1
+        if self._num_missed > MOST_MISSED:
+            self._close()
+
+    def _read_row(self) -> None:
+        """Read the row that is over, and see what is known by now."""
+        row, self._row = self._row, []
+        if not all(log.readable for log in row):  # its backward ran on another stream
+            self._missed()
+            return
+        took = [log.clock.ms(log.boundaries[0].at, log.boundaries[-1].at) for log in row[1:]]
+        self._rows.append(_Row(statistics.median(took), statistics.median(log.host_ms for log in row[1:])))
+        if not all(math.isfinite(ms) and ms > 0 for ms in took):
+            self._close()
+        elif len(self._rows) % 2 == 1:
+            self._judge()
+
+    def _judge(self) -> None:
+        """See whether it is known by now what steps under the plan cost."""
+        assert self._slowdown is not None
+        parts = [_beyond(self._rows[at - 1 : at + 2]) for at in range(1, len(self._rows) - 1, 2)]
+        within = [part for part in parts if max(part) <= self._slowdown + NOISE]
+        beyond = [part for part in parts if max(part) > self._slowdown + NOISE]
+        if len(within) >= KEEPS:
+            settled = within
+        elif len(beyond) >= BREAKS:
+            settled, self._least = beyond, min(map(max, beyond))
+        else:
+            return
+        self.measured = statistics.median(part.steps for part in settled)
+        self._host_part = statistics.median(part.host for part in settled)
+        self._close()
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the plan in force was seen to break the price."""
+        return self._least is not None
+
+    @property
+    def asks_for_a_plan(self) -> bool:
+        """Whether the price was broken, and another plan may keep to it."""
+        return self.is_broken and self._num_tried < MOST_CORRECTED
+
+    def corrected(self, timeline: Timeline, prediction: Prediction, pace: Pace) -> Timeline:
+        """What another plan is to be made of after the price was broken.
+
+        It is `timeline` at the pace of steps at rest, with what the plan cost charged to what it has not left at rest.
+
+        Args:
+            timeline: at the pace that was taken for the machine's.
+            prediction: what was foreseen of the plan at that pace.
+            pace: of the timeline. It is told when the plan is there.
+        """
+        assert self._least is not None
+        assert self._plan is not None
+        by = pace.within(statistics.median(row.ms for row in self._rows[::2]) / timeline.step_ms)
+        unforeseen = max(0.0, self._least - (prediction.step_ms / timeline.step_ms - 1))
+        timeline = scaled(timeline, by)
+        charge_ms = unforeseen * timeline.step_ms / sum(map(_num_charges, self._plan.sections))
+        self._correction = by, charge_ms
+        self._num_tried += 1
+        return _charged(timeline, charge_ms)
+
+    def replaced(self, pace: Pace) -> None:
+        """Another plan takes the place of the one in force: because of the price, if that is broken."""
+        if not self.is_broken:
+            return
+        by, charge_ms = self._correction
+        pace.scale(by)
+        self._charge_ms += charge_ms
+        self.num_corrected += 1
+
+    def charged(self, timeline: Timeline) -> Timeline:
+        """A new measurement, with what plans were found to cost beyond such measurements."""
+        return _charged(timeline, self._charge_ms) if self._charge_ms else timeline
+
+    @property
+    def told(self) -> str:
+        """What was seen, in a sentence after the plan's own; nothing while it is not known."""
+        if self.measured is None:
+            return ""
+        took = f"{self.measured:.1%} longer" if self.measured > 0 else "no longer"
+        said = f" Steps under it took {took} than steps at rest in turn with them"
+        if not self.is_broken:
+            return f"{said}."
+        if self._slowdown is not None and self.measured <= self._slowdown + NOISE:
+            said += f", and would take {self._host_part:.1%} longer if their host lost a tenth"
+        said += ", which is more than that price"
+        if self.asks_for_a_plan:
+            return f"{said}."
+        return f"{said}, and no plan that keeps to it was found. Raise max_slowdown, or say by rules what is to stay."
+
+
+def _decisions(plan: Plan) -> object:
+    """What `plan` does, without its reasons."""
+    return plan.fetches, [(section.mode, section.moves) for section in plan.sections]
+
+
+def _num_charges(section: SectionPlan) -> int:
+    """How often a section is charged that costs more than was foreseen."""
+    return (section.mode == "selective" or bool(section.moves)) + (section.mode == "recompute")
+
+
+def _charged(timeline: Timeline, ms: float) -> Timeline:
+    """`timeline` with `ms` more for each section that has hooks, and for each whose whole forward runs again."""
+    forward = {p.section: p.ms for p in timeline.phases if p.direction == "forward"}
+    sections = []
+    for index, section in enumerate(timeline.sections):
+        again = forward.get(index) if section.recompute_ms is None else section.recompute_ms
+        sections.append(
+            dataclasses.replace(
+                section,
+                hooks_forward_ms=section.hooks_forward_ms + ms,
+                recompute_ms=None if again is None else again + ms,
+            )
+        )
+    return dataclasses.replace(timeline, sections=tuple(sections))

@@ -1,0 +1,391 @@
+"""What is charged to a plan that breaks its price, and when that is known."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+
+from lighterage import Policy
+from lighterage.engine.planning.clock import Gauge
+from lighterage.engine.planning.course import Course
+from lighterage.engine.planning.making import PRICE_CAUTION
+from lighterage.engine.planning.pace import MOST, Pace, scaled
+from lighterage.engine.planning.price import (
+    BREAKS,
+    IN_A_ROW,
+    KEEPS,
+    MOST_BEGUN,
+    MOST_CORRECTED,
+    MOST_MISSED,
+    Price,
+)
+from lighterage.engine.planning.room import Room
+from lighterage.engine.planning.step_log import StepLog
+from lighterage.planner.choose import plan
+from lighterage.planner.goal import Goal
+from lighterage.planner.plan import Plan, SectionPlan
+from lighterage.planner.simulate import simulate
+from tests.planner.decoder import LINK, decoder
+
+TIMELINE = decoder(8)
+SLOWDOWN = 0.03
+ALL = frozenset(range(8))
+
+
+class Device:
+    """A clock of a device, with how often it was waited for."""
+
+    def __init__(self) -> None:
+        self.num_waits = 0
+
+    def mark(self) -> float:
+        return 0.0
+
+    def passed(self, mark: object) -> bool:
+        return True
+
+    def catch_up(self) -> None:
+        self.num_waits += 1
+
+    def ms(self, start: Any, end: Any) -> float:
+        return float(end - start)
+
+
+def price_of(made: Plan, slowdown: float | None = SLOWDOWN, device: str = "meta", clock: Device | None = None) -> Price:
+    gauge = Gauge(torch.device("cpu"))
+    price = Price(slowdown, torch.device(device), clock or Device(), Room(gauge, Policy()))
+    price.follow(made)
+    return price
+
+
+def see(
+    price: Price, made: Plan, planned_ms: list[float], rest_ms: float = 100.0, host_ms: tuple[float, float] = (0.0, 0.0)
+) -> int:
+    """Take turns until it is known, planned rows as long as those; how many rows were taken.
+
+    `host_ms`: what the host takes at rest, and under the plan.
+    """
+    course, rows = Course(made, TIMELINE, {}), 0
+    planned = iter(planned_ms)
+    while True:
+        is_planned = rows % 2 == 1
+        row_ms = next(planned, 0.0) if is_planned else rest_ms
+        for number in range(IN_A_ROW):
+            turn = price.turn(course, TIMELINE, ALL)
+            if turn is None:
+                return rows
+            assert (turn is course) == is_planned
+            held_up = 10.0 if number < 2 else 1.0  # the first of a row does not count, and one is held up
+            assert price.took(log_of(held_up * row_ms, held_up * host_ms[is_planned]), turn, fits=True)
+        rows += 1
+
+
+def log_of(ms: float, host_ms: float = 0.0) -> StepLog:
+    log = SimpleNamespace(readable=True, clock=Device(), input_bytes=1000, host_ms=host_ms)
+    log.boundaries = [SimpleNamespace(at=0.0), SimpleNamespace(at=ms)]
+    return cast(StepLog, log)
+
+
+@pytest.fixture(scope="module")
+def made() -> Plan:
+    made = plan(TIMELINE, LINK, Goal(max_slowdown=SLOWDOWN), caution=PRICE_CAUTION)
+    assert made.num_moves
+    return made
+
+
+@pytest.mark.parametrize(
+    ("planned_ms", "is_broken", "measured"),
+    [
+        ([101, 102], False, 0.015),
+        ([103.5, 101, 110, 102], False, 0.015),
+        ([110, 104, 106], True, 0.06),
+        ([110, 100, 106, 108], True, 0.08),
+        ([100, 110, 106, 108.5], True, 0.085),
+    ],
+)
+def test_rows_are_taken_until_two_keep_to_the_price_or_three_do_not(
+    made: Plan, planned_ms: list[float], is_broken: bool, measured: float
+) -> None:
+    price = price_of(made)
+    assert see(price, made, planned_ms) == 2 * len(planned_ms) + 1
+    assert price.is_broken == price.asks_for_a_plan == is_broken
+    assert price.measured == pytest.approx(measured)
+    assert not price.is_due
+    assert ("more than that price" in price.told) == is_broken
+    assert len(planned_ms) <= KEEPS + BREAKS - 1
+
+
+@pytest.mark.parametrize(
+    ("host_ms", "is_broken", "part"),
+    [
+        ((50.0, 60.0), False, None),  # far ahead
+        ((85.0, 93.0), False, None),  # a tenth more is 2.3 % beyond the device
+        ((85.0, 95.0), True, 0.045),
+        ((85.0, 110.0), True, 0.21),
+        ((120.0, 122.0), False, None),  # the device waits for it in any case
+        ((120.0, 126.0), True, 0.05),
+        ((100.0, 100.0), False, None),  # both were held up by a device with no more room for launches
+    ],
+)
+def test_a_host_that_breaks_the_price_if_it_loses_a_tenth_breaks_it(
+    made: Plan, host_ms: tuple[float, float], is_broken: bool, part: float | None
+) -> None:
+    price = price_of(made)
+    see(price, made, [101.0] * BREAKS, host_ms=host_ms)
+    assert price.is_broken == is_broken
+    assert price.measured == pytest.approx(0.01), "what steps took is told as it was"
+    if part is not None:
+        assert f"1.0% longer than steps at rest in turn with them, and would take {part:.1%} longer" in price.told
+        assert price._least == pytest.approx(part, abs=0.0005), "that is what is charged"
+    else:
+        assert "if their host" not in price.told
+
+
+def test_steps_that_are_faster_under_the_plan_took_no_longer(made: Plan) -> None:
+    price = price_of(made)
+    see(price, made, [99, 98])
+    assert "took no longer than steps at rest" in price.told
+
+
+@pytest.mark.parametrize("mode", ["save", "selective", "recompute"])
+@pytest.mark.parametrize("num_changed", [1, 4, 8])
+@pytest.mark.parametrize("rest_ms", [0.9, 1.1])
+def test_what_was_not_foreseen_is_foreseen_of_the_same_plan_from_then_on(
+    mode: Any, num_changed: int, rest_ms: float, made: Plan
+) -> None:
+    sections = [
+        SectionPlan(name=one.name, mode=mode if index < num_changed else "save", moves=other.moves)
+        for index, (one, other) in enumerate(zip(TIMELINE.sections, made.sections, strict=True))
+    ]
+    changed = Plan(sections=tuple(sections), fetches=made.fetches)
+    before = simulate(TIMELINE, changed, LINK)
+    foreseen = before.step_ms / TIMELINE.step_ms - 1
+    price, pace = price_of(changed, slowdown=max(SLOWDOWN, foreseen / PRICE_CAUTION)), Pace()
+    at_rest, took = rest_ms * TIMELINE.step_ms, 1.5 + foreseen
+    see(price, changed, [took * at_rest] * BREAKS, at_rest)
+    timeline = price.corrected(TIMELINE, before, pace)
+    assert pace.since_measured == 1.0, "the plan is not there yet"
+    price.replaced(pace)
+    assert timeline.step_ms == pytest.approx(at_rest)
+    assert pace.since_measured == pytest.approx(rest_ms)
+    after = simulate(timeline, changed, LINK)
+    stalls = [one.stalls_ms.release + one.stalls_ms.reload for one in (before, after)]
+    assert after.step_ms - stalls[1] == pytest.approx(took * at_rest - rest_ms * stalls[0], rel=0.01)
+    nothing = Plan(sections=tuple(SectionPlan(name=s.name) for s in TIMELINE.sections), fetches=made.fetches)
+    assert simulate(timeline, nothing, LINK).step_ms == pytest.approx(at_rest), "what rests costs nothing"
+
+
+def test_a_plan_that_broke_its_price_is_not_within_it_again(made: Plan) -> None:
+    """Even one of which it was foreseen that it breaks the price, for it was made for another pace."""
+    price = price_of(made)
+    see(price, made, [103.3] * BREAKS)
+    foreseen = simulate(scaled(TIMELINE, 0.8), made, LINK)
+    timeline = price.corrected(scaled(TIMELINE, 0.8), foreseen, Pace())
+    again = simulate(timeline, made, LINK)
+    assert again.step_ms > (1 + PRICE_CAUTION * SLOWDOWN) * timeline.step_ms
+
+
+def test_times_are_brought_to_the_pace_of_steps_at_rest_within_reach(made: Plan) -> None:
+    price, pace = price_of(made), Pace()
+    see(price, made, [200.0 * TIMELINE.step_ms] * BREAKS, 100.0 * TIMELINE.step_ms)
+    price.corrected(TIMELINE, simulate(TIMELINE, made, LINK), pace)
+    price.replaced(pace)
+    assert pace.since_measured == pytest.approx(MOST)
+
+
+def test_a_new_measurement_is_charged_with_all_that_was_found(made: Plan) -> None:
+    price = price_of(made)
+    assert price.charged(TIMELINE) is TIMELINE
+    extra = []
+    for _ in range(2):
+        price.stop()
+        price.follow(made)
+        see(price, made, [150.0] * BREAKS)
+        corrected = price.corrected(TIMELINE, simulate(TIMELINE, made, LINK), Pace())
+        assert price.charged(TIMELINE).sections[0].hooks_forward_ms == pytest.approx(sum(extra)), "not there yet"
+        price.replaced(Pace())
+        extra.append(corrected.sections[0].hooks_forward_ms - TIMELINE.sections[0].hooks_forward_ms)
+    charged = price.charged(TIMELINE)
+    for section, was in zip(charged.sections, TIMELINE.sections, strict=True):
+        assert section.hooks_forward_ms == pytest.approx(was.hooks_forward_ms + sum(extra))
+    assert price.num_corrected == 2
+
+
+@pytest.mark.parametrize(
+    ("slowdown", "device", "is_due"), [(None, "meta", False), (0.03, "cpu", False), (0.03, "meta", True)]
+)
+def test_it_is_looked_at_where_there_is_one_and_a_device(
+    made: Plan, slowdown: float | None, device: str, is_due: bool
+) -> None:
+    assert price_of(made, slowdown, device).is_due == is_due
+
+
+def test_among_ranks_it_is_not_looked_at(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size, is_due in ((1, True), (2, False)):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda size=size: size)
+        assert price_of(made).is_due == is_due
+
+
+def test_the_device_is_waited_for_between_rows_and_not_within(made: Plan) -> None:
+    """A host that is ahead of it would hide what a plan costs the host."""
+    device = Device()
+    price, course = price_of(made, clock=device), Course(made, TIMELINE, {})
+    for row in range(2 * KEEPS + 1):
+        for number in range(IN_A_ROW):
+            before = device.num_waits
+            turn = price.turn(course, TIMELINE, ALL)
+            assert turn is not None
+            assert (device.num_waits > before) == (number == 0), (row, number)
+            price.took(log_of(100.0), turn, fits=True)
+    assert price.turn(course, TIMELINE, ALL) is None and not price.is_due
+    waits = device.num_waits
+    price.turn(course, TIMELINE, ALL)
+    assert device.num_waits == waits
+
+
+def test_a_row_that_the_device_has_not_come_past_is_taken_again(made: Plan) -> None:
+    """Its backward ran on a stream that was not waited for."""
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    for number in range(IN_A_ROW):
+        turn = price.turn(course, TIMELINE, ALL)
+        assert turn is not None and turn is not course
+        log = log_of(100.0)
+        log.readable = number > 0  # type: ignore[misc]
+        price.took(log, turn, fits=True)
+    assert see(price, made, [100.0] * KEEPS) == 2 * KEEPS + 1
+
+
+def test_of_a_plan_in_which_all_stays_nothing_is_due() -> None:
+    sections = tuple(SectionPlan(name=s.name) for s in TIMELINE.sections)
+    assert not price_of(Plan(sections=sections, fetches=((),) * len(TIMELINE.phases))).is_due
+
+
+def test_where_the_same_plan_is_made_again_nothing_more_is_seen_of_it(made: Plan) -> None:
+    """Rules leave no other, say: it would be charged for the same again and again."""
+    price = price_of(made)
+    see(price, made, [110.0] * BREAKS)
+    price.corrected(TIMELINE, simulate(TIMELINE, made, LINK), Pace())
+    price.replaced(Pace())
+    price.follow(dataclasses.replace(made, why="for another reason"))
+    assert not price.is_due and price.is_broken and not price.asks_for_a_plan
+    assert price.measured == pytest.approx(0.1)
+    assert "no plan that keeps to it was found. Raise max_slowdown" in price.told
+
+
+def test_plans_are_asked_for_so_often_and_then_it_is_told(made: Plan) -> None:
+    price = price_of(made)
+    for number in range(MOST_CORRECTED):
+        see(price, made, [110.0] * BREAKS)
+        assert price.asks_for_a_plan and "Raise" not in price.told
+        price.corrected(TIMELINE, simulate(TIMELINE, made, LINK), Pace())
+        price.replaced(Pace())
+        assert price.num_corrected == number + 1
+        price.stop()
+        price.follow(made)
+    see(price, made, [110.0] * BREAKS)
+    assert not price.asks_for_a_plan and "Raise max_slowdown" in price.told
+
+
+def test_a_plan_in_the_place_of_one_that_keeps_to_its_price_is_none_of_its_corrections(made: Plan) -> None:
+    price, pace = price_of(made), Pace()
+    see(price, made, [100.0] * KEEPS)
+    price.replaced(pace)
+    assert price.num_corrected == 0 and pace.since_measured == 1.0
+
+
+def test_what_is_foreseen_to_be_paid_is_not_charged(made: Plan) -> None:
+    """A plan that rules make dear costs what was foreseen of it."""
+    foreseen = simulate(TIMELINE, made, LINK)
+    price = price_of(made, slowdown=0.0)
+    part = 1 + (foreseen.step_ms / TIMELINE.step_ms - 1)
+    assert part > 1.005
+    see(price, made, [part * 100.0] * BREAKS)
+    timeline = price.corrected(TIMELINE, foreseen, Pace())
+    assert timeline.sections[0].hooks_forward_ms == pytest.approx(TIMELINE.sections[0].hooks_forward_ms, abs=1e-9)
+
+
+def test_noise_breaks_no_price_of_zero(made: Plan) -> None:
+    price = price_of(made, slowdown=0.0)
+    see(price, made, [100.05] * KEEPS)
+    assert not price.is_broken and price.measured == pytest.approx(0.0005)
+
+
+def test_an_exception_in_a_step_at_rest_ends_it(made: Plan) -> None:
+    """For want of memory, perhaps, that the plan would have left."""
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    turn = price.turn(course, TIMELINE, ALL)
+    assert turn is not None and turn is not course
+    assert price.took(None, turn, fits=True)
+    assert not price.is_due and price.turn(course, TIMELINE, ALL) is None
+
+
+def test_steps_that_are_given_other_sizes_are_not_compared(made: Plan) -> None:
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    for input_bytes, is_read in ((1000, True), (600, False), (1010, True), (1100, False), (1000, True), (995, True)):
+        turn = price.turn(course, TIMELINE, ALL)
+        assert turn is not None and turn is not course
+        log = log_of(100.0)
+        log.input_bytes = input_bytes
+        before = len(price._row)
+        assert price.took(log, turn, fits=True)
+        assert len(price._row) - before == is_read
+    assert price.turn(course, TIMELINE, ALL) is course, "the row is over"
+
+
+def test_steps_that_never_end_are_given_up(made: Plan) -> None:
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    for _ in range(MOST_BEGUN):
+        assert price.turn(course, TIMELINE, ALL) is not None
+    assert price.turn(course, TIMELINE, ALL) is None
+    assert not price.is_due
+
+
+def test_where_nobody_may_wait_for_the_device_it_is_given_up(made: Plan) -> None:
+    class Forbidden(Device):
+        def catch_up(self) -> None:
+            raise RuntimeError("called a synchronizing CUDA operation")
+
+    price = price_of(made, clock=Forbidden())
+    assert price.turn(Course(made, TIMELINE, {}), TIMELINE, ALL) is None
+    assert not price.is_due
+
+
+def test_nothing_is_held_once_it_is_over(made: Plan) -> None:
+    for planned_ms in ([100.0] * KEEPS, [110.0] * BREAKS):
+        price = price_of(made)
+        see(price, made, planned_ms)
+        assert not price._row and price._at_rest is None
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    for number in range(MOST_MISSED + 3):
+        turn = price.turn(course, TIMELINE, ALL)
+        assert turn is not None
+        price.took(log_of(100.0), turn, fits=number < 2)
+    assert not price.is_due and not price._row and price._at_rest is None
+
+
+@pytest.mark.parametrize("used", [10, 50, 60, 70])
+def test_room_is_asked_for_what_a_step_takes_beyond_its_beginning(used: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else has come to be on the device since."""
+    monkeypatch.setattr(Gauge, "now", lambda _: used)
+    monkeypatch.setattr(Gauge, "total", lambda _: 80)
+    monkeypatch.setattr(Gauge, "room", lambda _: 80 - used)
+    room = Room(Gauge(torch.device("cpu")), Policy())
+    boundaries = [SimpleNamespace(peak_bytes=peak) for peak in (None, 24, 20)]
+    room.seen(cast(StepLog, SimpleNamespace(boundaries=boundaries, used_bytes=10, sections=[])))
+    assert room.has_for_step() == (80 - used > 14 * 1.25 + 4)
+
+
+def test_a_new_plan_is_seen_from_the_first_row_on(made: Plan) -> None:
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    for _ in range(IN_A_ROW + 1):
+        turn = price.turn(course, TIMELINE, ALL)
+        assert turn is not None
+        price.took(log_of(100.0), turn, fits=True)
+    price.follow(made)
+    assert not price.took(log_of(100.0), course, fits=True), "the step began under another plan"
+    assert see(price, made, [100.0] * KEEPS) == 2 * KEEPS + 1
