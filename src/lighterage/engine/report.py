@@ -70,7 +70,7 @@ class Report:
     link: str | None = None
     """What the copies go over, as it was measured."""
     times_scaled: float = 1.0
-    """By what the times were scaled since they were measured, to be those of steps under the plan."""
+    """By what the times were scaled since they were measured, to be those of the steps since then."""
     plans_remade: int = 0
     """How often the plan was made anew since then, of the times as they were scaled."""
     measured_slowdown: float | None = None
@@ -244,7 +244,7 @@ def _plan_lines(report: Report) -> list[str]:
     if report.link is not None:
         lines.append(f"link: {report.link}")
     if report.times_scaled != 1.0:
-        text = f"times scaled by {report.times_scaled:.3f} since they were measured, as steps under the plan took"
+        text = f"times scaled by {report.times_scaled:.3f} since they were measured, as steps since then took"
         lines.append(text + (f"; made anew from them {report.plans_remade} times" if report.plans_remade else ""))
     if report.plans_corrected:
         lines.append(f"made anew {report.plans_corrected} times, since steps under the plan broke its price")

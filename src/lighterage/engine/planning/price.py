@@ -294,7 +294,7 @@ class Price:
         if not self.is_broken:
             return f"{said}."
         if self._slowdown is not None and self.measured <= self._slowdown + NOISE:
-            said += f", and would take {self._host_part:.1%} longer if their host lost a tenth"
+            said += f", and would take {self._host_part:.1%} longer if their host took a tenth longer"
         said += ", which is more than that price"
         if self.asks_for_a_plan:
             return f"{said}."
