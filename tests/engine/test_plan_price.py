@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+import lighterage
 from lighterage import Offloader, background
 from lighterage.engine.planning import autoplan, making
 from lighterage.engine.planning.clock import Gauge, HostClock
@@ -525,7 +527,90 @@ def test_no_memory_for_a_step_at_rest_is_no_reason_for_another(moves: Moves) -> 
         assert offloader.report().plan_settled and offloader.report().measured_slowdown is None
 
 
+def test_an_exception_in_backward_of_a_step_at_rest_is_the_end_of_it(ran: list[str]) -> None:
+    """It may be want of memory, and tells nothing of what steps take."""
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=0.1) as offloader:
+        planned(model, offloader)
+        before = offloader.plan
+        until_rest(model, offloader)
+        failing, fails = [True], [0]
+
+        def fail(grad: torch.Tensor) -> None:
+            if failing[0] and ran_at_rest(offloader):
+                fails[0] += 1
+                raise torch.OutOfMemoryError("on purpose")
+
+        handle = model.layers[2].up.weight.register_hook(fail)  # type: ignore[union-attr]
+        for _ in range(60):
+            try:
+                train(model, rows(), 1)
+            except torch.OutOfMemoryError:
+                torch.ones(1, requires_grad=True).sum().backward()  # what was queued of the other is dropped
+        handle.remove()
+        assert fails[0] == 1
+        assert offloader.plan is before and offloader.report().plans_corrected == 0
+        assert offloader.stats().bytes_out > 0
+
+
+def test_what_a_plan_cost_is_known_though_drift_comes_before_the_next_plan(
+    moves: Moves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model = models()
+    may, make_plan, count = threading.Event(), making.make_plan, [0]
+
+    def made(*given: Any, **caution: Any) -> Any:
+        count[0] += 1
+        assert count[0] != 2 or may.wait(20)
+        return make_plan(*given, **caution)
+
+    monkeypatch.setattr(making, "make_plan", made)
+    with offload(model, recompute="never", max_slowdown=0.02) as offloader:
+        planned(model, offloader)
+        moves.step_s = itertools.repeat(0.2 * USUAL_MS / 1e3)
+        soon(model, lambda: count[0] == 2)
+        old = offloader.plan
+        train(model, rows(256), 2)
+        may.set()
+        assert offloader.report().drifts == 1
+        assert offloader._auto is not None and not offloader._auto.price.is_broken, "that plan is no more"
+        soon(model, lambda: offloader.plan is not old, 256)
+        assert not moved_of(offloader)
+
+
+def test_sparse_inputs_are_none_that_count() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(64, 64)
+
+        def forward(self, x: torch.Tensor, edges: torch.Tensor) -> torch.Tensor:
+            return torch.tanh(torch.sparse.mm(edges, self.inner(x)))
+
+    layers = nn.ModuleList(Graph() for _ in range(4))
+    edges = torch.eye(32).to_sparse()
+    with offload_layers(layers, max_slowdown=0.1) as offloader:
+        for _ in range(12):
+            x = torch.randn(32, 64)
+            for layer in layers:
+                x = layer(x, edges)
+            x.square().mean().backward()
+            all_made()
+        assert offloader.plan is not None
+
+
 # --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def offload_layers(layers: nn.ModuleList, **policy: Any) -> Offloader:
+    return lighterage.offload(layers, min_bytes=64, tier="host", **policy)
+
+
+def ran_at_rest(offloader: Offloader) -> bool:
+    """Whether the step under way is at rest."""
+    assert offloader._auto is not None
+    run = offloader._auto.events._run
+    return run is not None and run.course is not offloader._auto._course
 
 
 def moved_sections(offloader: Offloader) -> int:

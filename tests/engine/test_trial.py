@@ -236,7 +236,7 @@ def test_what_hooks_and_moves_take_in_steps_is_found(monkeypatch: pytest.MonkeyP
     with offload(model, max_slowdown=10.0, recompute="never") as offloader:
         planned(model, offloader)
         saves = offloader.report().sections[1].saves
-        steps, link = offloader.timeline, offloader._opener._auto._link
+        steps, link = offloader.timeline, offloader._opener._auto.link
         assert steps is not None and link is not None
     # The first section saves less than the others, and sections of one class are taken to be alike.
     hooks = steps.sections[1].hooks_forward_ms / 1e3
@@ -338,7 +338,7 @@ def test_where_the_device_is_never_waiting_hooks_and_moves_cost_nothing(monkeypa
     moves_take(0.5, monkeypatch)
     with offload(model, max_slowdown=10.0, recompute="never") as offloader:
         planned(model, offloader)
-        steps, link = offloader.timeline, offloader._opener._auto._link
+        steps, link = offloader.timeline, offloader._opener._auto.link
         assert steps is not None and link is not None
     assert link.move_us == 0
     assert all(section.hooks_forward_ms == 0 for section in steps.sections)

@@ -137,7 +137,7 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         else [(p.direction, p.section, p.end_ms - p.start_ms) for p in prediction.phases],
         "measured_phases_ms": list(auto.checks.measured_phases_ms),
         "planning_ms": auto.planning_ms,
-        "link": auto.link_text,
+        "link": None if auto.link is None else auto.link.told,
         "times_scaled": auto.pace.since_measured,
         "plans_remade": auto.pace.num_remade,
         "measured_slowdown": auto.price.measured,

@@ -91,7 +91,8 @@ class Autoplan:
         self._given = False
         self._together = False
         """Whether the timeline is one that several ranks have in common."""
-        self._link: Link | None = None
+        self.link: Link | None = None
+        """What the copies go over, as it was measured."""
         self._job: Planning | None = None
         self._restarts = 0
         self._steps = 0
@@ -104,7 +105,7 @@ class Autoplan:
         self._calibration = Calibration(beside=device.type != "cpu")
         self.pace = self._calibration.pace
         """How that compares with what was measured before."""
-        self.price = Price(self._budget.goal.max_slowdown, device, self._clock, self._room)
+        self.price = Price(policy, device, self._clock, self._room)
         """How that compares with what they take without the plan."""
         self.timeline: Timeline | None = None
         self.prediction: Prediction | None = None
@@ -127,11 +128,6 @@ class Autoplan:
             return f"none yet; the steps are measured ({self._stage.value})"
         why = self._course.plan.why or "as it was given"
         return f"{why}{self._budget.told(self.checks.measured_peak_bytes)}{self.price.told}"
-
-    @property
-    def link_text(self) -> str | None:
-        """The link, for people."""
-        return None if self._link is None else self._link.told
 
     def use(self, plan: Plan, timeline: Timeline) -> None:
         """Carry `plan` out from the next step on, and measure nothing more."""
@@ -160,8 +156,8 @@ class Autoplan:
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             self.events.captured()
             return  # what is captured does not run, so that it takes no time: it is none of the steps
-        if self._link is None and not self._given and self._device.type != "cpu":
-            self._link = self._measure_link()  # the first step is slow anyway
+        if self.link is None and not self._given and self._device.type != "cpu":
+            self.link = self._measure_link()  # the first step is slow anyway
         self._look()
         self._unready_before = self._unready()
         if self._stage is Stage.PLANNED:
@@ -205,6 +201,7 @@ class Autoplan:
                 self._steps += 1
                 unready = self._unready() > self._unready_before
                 fits = not (run.strange or run.is_smaller or unready)
+                log = log if log is not None and log.is_whole else None  # else an exception ended its backward
                 if self.price.took(log, run.course, fits=fits):
                     pass
                 elif log is not None and run.course is self._course and not (unready and self.checks.passes_over()):
@@ -264,11 +261,11 @@ class Autoplan:
     def _make(self) -> None:
         """Begin to make a plan: at once on the CPU, whose steps are the host's; beside the steps elsewhere."""
         self._measurements.recipes()
-        if self._link is None:
-            self._link = self._measure_link()
+        if self.link is None:
+            self.link = self._measure_link()
         timeline = self.price.charged(self._measurements.timeline())
-        self._link = self._measurements.seen_over(self._link)
-        self._job = Planning(timeline, self._link, self._budget.goal, agree=self._num_plans == 0)
+        self.link = self._measurements.seen_over(self.link)
+        self._job = Planning(timeline, self.link, self._budget.goal, agree=self._num_plans == 0)
         self._stage = Stage.PLANNING
         self._measurements.clear()
         try:
@@ -319,7 +316,7 @@ class Autoplan:
         """
         peak_bytes = self.checks.measured_peak_bytes
         assert peak_bytes is not None
-        timeline, link, prediction = self.timeline, self._link, self.prediction
+        timeline, link, prediction = self.timeline, self.link, self.prediction
         factor = self._calibration.factor(self.checks, prediction)
         if not self._given and timeline is not None and link is not None and self._budget.broken_by(peak_bytes):
             by = 1.0 if factor is None or self._together else self.pace.within(factor)
@@ -330,7 +327,7 @@ class Autoplan:
                 return
         elif prediction is not None and self.checks.are_slow(self.pace.as_measured(prediction.step_ms)):
             if self._measure_again():
-                self._link = None  # it may be that which has changed
+                self.link = None  # it may be that which has changed
             return
         if factor is not None and self._stage is Stage.PLANNED and self._course is not None:
             self._calibration.see(factor, self._course.plan, self._steps)
@@ -352,10 +349,10 @@ class Autoplan:
                 return
             assert self.timeline is not None
             assert self.prediction is not None
-            assert self._link is not None
+            assert self.link is not None
             old = self.timeline
             timeline = self.price.corrected(old, self.prediction, self.pace) if for_price else old
-            job = Planning(timeline, self._link, self._budget.goal, agree=False)
+            job = Planning(timeline, self.link, self._budget.goal, agree=False)
             self._calibration.remake(job, at_pace=not for_price)
 
     @property
@@ -365,7 +362,7 @@ class Autoplan:
         A CPU's steps would wait for it. Ranks that planned together have one timeline, and each a pace of its own: they
         must not plan apart, for each waits for the slowest in its collectives.
         """
-        if self._device.type == "cpu" or self._together or self._link is None or self.checks.pending:
+        if self._device.type == "cpu" or self._together or self.link is None or self.checks.pending:
             return False
         return self._calibration.follows and not self._calibration.in_the_making and not self.pace.doubts
 
@@ -392,6 +389,7 @@ class Autoplan:
         self._patience *= 2
         self.num_drifts += 1
         self._calibration.stop()
+        self.price.stop()
         self._stage = Stage.SIZING
         self._restarts = 0
         # Measuring must not take more memory than the plan did.

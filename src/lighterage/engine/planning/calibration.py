@@ -113,8 +113,8 @@ class Calibration:
 
         `at_pace`: whether that is because of the pace, for which it is done so often.
         """
-        self.pace.num_tried += at_pace
         begin(job)
+        self.pace.num_tried += at_pace
         self._remaking, self._at_pace = job, at_pace
 
     def remade(self) -> Planning | None:

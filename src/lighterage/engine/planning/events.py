@@ -125,7 +125,7 @@ class Events:
             return around
         one = section.log = SectionLog(section.name, section.gap, section.row)
         log.entered(one)
-        log.input_bytes += 0 if call is None else sum(tensor.nbytes for tensor in call.tensors)
+        log.called_with(() if call is None else call.tensors)
         if not self._first or section.gap:
             return around
         module = self._module_of(section.name)

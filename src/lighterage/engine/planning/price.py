@@ -14,9 +14,11 @@ from ...planner.choose import nothing
 from ...planner.plan import Plan, SectionPlan
 from ...planner.prediction import Prediction
 from ...planner.timeline import Timeline
+from ..policy import Policy
 from .agree import is_alone
 from .clock import Clock
 from .course import Course
+from .making import goal_of
 from .pace import Pace, scaled
 from .room import Room
 from .step_log import StepLog
@@ -74,11 +76,11 @@ class _Part(NamedTuple):
     """If the host took by `HOST_CAUTION` longer, and the device waited for it."""
 
 
-def _beyond(rows: Sequence[_Row]) -> _Part:
-    """Of a planned row, the second of three, beside those at rest."""
+def _beyond(rows: Sequence[_Row], caution: float) -> _Part:
+    """Of a planned row, the second of three, beside those at rest. `caution`: by so much longer the host may take."""
     before, planned, after = rows
-    rest_ms, host_ms = (before.ms + after.ms) / 2, HOST_CAUTION * (before.host_ms + after.host_ms) / 2
-    return _Part(planned.ms / rest_ms - 1, HOST_CAUTION * planned.host_ms / max(rest_ms, host_ms) - 1)
+    rest_ms, host_ms = (before.ms + after.ms) / 2, caution * (before.host_ms + after.host_ms) / 2
+    return _Part(planned.ms / rest_ms - 1, caution * planned.host_ms / max(rest_ms, host_ms) - 1)
 
 
 class Price:
@@ -87,15 +89,13 @@ class Price:
     While it is due, it says of each step what is carried out, and takes its log.
     """
 
-    def __init__(self, slowdown: float | None, device: torch.device, clock: Clock, room: Room) -> None:
-        """Make one that has no plan to look at.
-
-        Args:
-            slowdown: the price, as a part of the step; None: there is none. On a CPU it is not looked at: its steps
-                would wait for another plan.
-            room: for steps in which all stays.
-        """
-        self._slowdown = None if device.type == "cpu" else slowdown
+    def __init__(self, policy: Policy, device: torch.device, clock: Clock, room: Room) -> None:
+        """Make one that has no plan to look at. `room`: for steps in which all stays."""
+        self._slowdown = None if device.type == "cpu" else goal_of(policy).max_slowdown
+        """The price, as a part of the step; None: there is none, or nobody looks at it: on a CPU steps would wait for
+        another plan."""
+        # What the host takes is not its own time where it waits for copies.
+        self._host_caution = 1.0 if policy.tier == "disk" else HOST_CAUTION
         self._clock = clock
         self._room = room
         self._plan: Plan | None = None
@@ -105,16 +105,18 @@ class Price:
         self._at_rest: Course | None = None
         self._awaited: Course | None = None
         """What the step under way carries out, if it is one of a row."""
+        self._waited = False
+        """Whether the device was waited for before the row that is to begin."""
         self._row: list[StepLog] = []
         self._rows: list[_Row] = []
         """Those that are over: at rest and planned in turn."""
         self._input_bytes: int | None = None
-        """What sections were given in the first step of the first row: only steps of that size are compared."""
+        """What sections were given in the first row: only steps of that size are compared."""
         self._num_missed = self._num_begun = 0
         self._least: float | None = None
         """The part by which steps took longer at least, or would if their host did, where that broke the price."""
         self._correction = 1.0, 0.0
-        """How the plan in the making differs: its pace, and what each section that is not at rest is charged."""
+        """How the plan that is asked for differs: its pace, and what each section that is not at rest is charged."""
         self._num_tried = 0
         self._host_part = 0.0
         """As `measured`, if the host took by `HOST_CAUTION` longer."""
@@ -146,12 +148,12 @@ class Price:
         """Look at nothing until the next plan, and forget what was seen of this one."""
         self._close()
         self._plan = self._least = self.measured = self._input_bytes = None
-        self._num_missed, self._rows = 0, []
+        self._num_missed, self._num_begun, self._rows = 0, 0, []
 
     def _close(self) -> None:
         """Nothing more is to be seen of the plan in force."""
         self._open = False
-        self._row, self._at_rest, self._awaited = [], None, None
+        self._row, self._at_rest, self._awaited, self._waited = [], None, None, False
 
     @property
     def is_due(self) -> bool:
@@ -164,16 +166,22 @@ class Price:
         None: nothing is to be seen by it. `may_rest`: the sections of which it was seen that they can.
         """
         self._awaited = None
+        if not torch.is_grad_enabled():
+            return None  # nothing is saved: it is no step
+        if not is_alone():
+            self._close()
         try:
             if len(self._row) == IN_A_ROW:
                 self._clock.catch_up()
+                self._waited = True
                 self._read_row()
             planned = len(self._rows) % 2 == 1
             if self._open and not planned and not self._room.has_for_step():
                 self._missed()
                 return None
-            if self._open and not self._row:
+            if self._open and not self._row and not self._waited:
                 self._clock.catch_up()
+                self._waited = True
         except RuntimeError:  # whoever forbids to wait for the device; if it is the device's own error, it comes again
             self._close()
         # Steps that are begun and never end are none that could be seen: nobody tells of what they save.
@@ -192,17 +200,21 @@ class Price:
         """A step is over that has carried out `course`; whether `log` is of a row. `fits`: whether it can be read."""
         if self._awaited is None or course is not self._awaited:
             return False
-        self._awaited, self._num_begun = None, 0
+        self._awaited, self._num_begun, self._waited = None, 0, False
         if log is None and course is self._at_rest:
             self._close()  # an exception ended it: for want of memory, perhaps, which the plan would have left
-        elif log is None or not fits or not self._is_alike(log):
+        elif log is None or not fits:
             self._missed()
-        else:
+        elif self._is_alike(log):
             self._row.append(log)
+        else:
+            self._missed()
+            if self._open and not self._rows:  # the size that comes next may be the usual one
+                self._input_bytes, self._row = log.input_bytes, [log]
         return True
 
     def _is_alike(self, log: StepLog) -> bool:
-        """Whether its sections were given as much as those of the first: what is larger takes longer."""
+        """Whether its sections were given as much as those of the first row: what is larger takes longer."""
         if self._input_bytes is None:
             self._input_bytes = log.input_bytes
         return abs(log.input_bytes - self._input_bytes) <= ALIKE * self._input_bytes
@@ -228,7 +240,7 @@ class Price:
     def _judge(self) -> None:
         """See whether it is known by now what steps under the plan cost."""
         assert self._slowdown is not None
-        parts = [_beyond(self._rows[at - 1 : at + 2]) for at in range(1, len(self._rows) - 1, 2)]
+        parts = [_beyond(self._rows[at - 1 : at + 2], self._host_caution) for at in range(1, len(self._rows) - 1, 2)]
         within = [part for part in parts if max(part) <= self._slowdown + NOISE]
         beyond = [part for part in parts if max(part) > self._slowdown + NOISE]
         if len(within) >= KEEPS:
@@ -278,10 +290,13 @@ class Price:
         by, charge_ms = self._correction
         pace.scale(by)
         self._charge_ms += charge_ms
+        self._correction = 1.0, 0.0
         self.num_corrected += 1
 
     def charged(self, timeline: Timeline) -> Timeline:
         """A new measurement, with what plans were found to cost beyond such measurements."""
+        self._charge_ms += self._correction[1]  # of a plan that was asked for in vain
+        self._correction = 1.0, 0.0
         return _charged(timeline, self._charge_ms) if self._charge_ms else timeline
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterable
 
 import torch
 
@@ -79,7 +80,9 @@ class StepLog:
         """Of the device's memory, as it begins; None where no allocator can tell."""
         self._begun_s = self._ended_s = time.perf_counter()
         self.input_bytes = 0
-        """What its sections are called with."""
+        """What its sections are called with, as plain strided tensors."""
+        self.is_whole = False
+        """Whether its backward has come to its end, and nothing after that."""
         self.gauge.start()
         self._bound("other", None)
 
@@ -88,6 +91,11 @@ class StepLog:
         """What the host took to issue it, up to the end of backward."""
         return 1e3 * (self._ended_s - self._begun_s)
 
+    def called_with(self, tensors: Iterable[torch.Tensor]) -> None:
+        """A section is."""
+        plain = (tensor for tensor in tensors if type(tensor) is torch.Tensor and tensor.layout is torch.strided)
+        self.input_bytes += sum(tensor.nbytes for tensor in plain)
+
     # --- phases -----------------------------------------------------------------------------------------------------
 
     def _bound(self, direction: Direction, section: SectionLog | None, *, ends: bool = False) -> None:
@@ -95,6 +103,7 @@ class StepLog:
             boundary = Boundary(direction, section, self.clock.mark())
             if self.boundaries:
                 boundary.caught_up = self.clock.passed(self.boundaries[-1].at)
+            self.is_whole = ends
             if ends:
                 self._ended_s = time.perf_counter()
             # To ask an allocator takes tens of microseconds: where the host is what phases wait for, that is told too.
