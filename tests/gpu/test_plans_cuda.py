@@ -220,19 +220,24 @@ def test_a_price_is_seen_by_steps_at_rest_that_have_the_same_bits() -> None:
     step(plain, 0)
     expected, before = step(plain, 1)
     plain.zero_grad(set_to_none=True)
-    with lighterage.offload(model, max_slowdown=0.2) as offloader:
-        until_planned(model, offloader)
-        peaks, begin = [], time.monotonic()
-        while not offloader.report().plan_settled:
-            assert time.monotonic() - begin < 60, str(offloader.report())
-            got, peak = step(model, 1)
-            peaks.append(peak)
-            assert same(expected, got)
-            del got
-        report = offloader.report()
-        assert report.measured_slowdown is not None, str(report)
-        assert report.measured_slowdown < 0.2 or report.plans_corrected, str(report)
-        assert max(peaks) <= 1.05 * (before + sum(t.nbytes for t in expected))
-        settled = [step(model, 1)[1] for _ in range(6)]
-        assert max(settled) < 0.97 * max(peaks), "steps at rest are over"
-        assert offloader.stats().bytes_out > 0 or any(s.mode != "save" for s in report.sections)
+    for _ in range(3):  # whatever else the device is busy with meanwhile
+        with lighterage.offload(model, max_slowdown=0.2) as offloader:
+            until_planned(model, offloader)
+            peaks, begin = [], time.monotonic()
+            while not offloader.report().plan_settled:
+                assert time.monotonic() - begin < 60, str(offloader.report())
+                got, peak = step(model, 1)
+                peaks.append(peak)
+                assert same(expected, got)
+                del got
+            report = offloader.report()
+            if report.drifts:
+                continue  # slower steps were measured anew, after which no price is seen
+            assert report.measured_slowdown is not None, str(report)
+            assert report.measured_slowdown < 0.2 or report.plans_corrected, str(report)
+            assert max(peaks) <= 1.05 * (before + sum(t.nbytes for t in expected))
+            settled = [step(model, 1)[1] for _ in range(6)]
+            assert max(settled) < 0.97 * max(peaks), "steps at rest are over"
+            assert offloader.stats().bytes_out > 0 or any(s.mode != "save" for s in report.sections)
+            return
+    raise AssertionError(str(report))
