@@ -121,6 +121,24 @@ def test_steps_in_which_all_stays_run_in_turn_with_planned_ones_and_give_the_sam
         assert [what for what, _ in turns[5:]] == ["plan"], "once it is known, all steps carry the plan out"
 
 
+def test_once_it_is_seen_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Law 7: while it is seen, the device is waited for between rows."""
+    waits = [0]
+
+    def catch_up(_: HostClock) -> None:
+        waits[0] += 1
+
+    monkeypatch.setattr(HostClock, "catch_up", catch_up)
+    _, model = models()
+    with offload(model, recompute="never", max_slowdown=0.1) as offloader:
+        planned(model, offloader)
+        assert waits[0] == 0
+        settled(model, offloader)
+        assert waits[0] == 2 * KEEPS + 2, "before each row, and to read the last"
+        train(model, rows(), 120)
+        assert waits[0] == 2 * KEEPS + 2
+
+
 def test_what_is_told_is_what_steps_took_longer(moves: Moves) -> None:
     _, model = models()
     with offload(model, recompute="never", max_slowdown=0.1) as offloader:

@@ -216,6 +216,7 @@ def test_a_new_measurement_is_charged_with_all_that_was_found(made: Plan) -> Non
         if not extra:  # the second is asked for in vain: steps are measured anew before it is there
             price.replaced(Pace())
         extra.append(corrected.sections[0].hooks_forward_ms - TIMELINE.sections[0].hooks_forward_ms)
+    price.stop()
     charged = price.charged(TIMELINE)
     for section, was in zip(charged.sections, TIMELINE.sections, strict=True):
         assert section.hooks_forward_ms == pytest.approx(was.hooks_forward_ms + sum(extra))
@@ -243,12 +244,12 @@ def test_among_ranks_it_is_not_looked_at(made: Plan, monkeypatch: pytest.MonkeyP
         assert price_of(made).is_due == is_due
 
 
-def test_once_there_are_other_ranks_it_is_given_up(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    price, course = price_of(made), Course(made, TIMELINE, {})
-    assert price.turn(course, TIMELINE, ALL) is not None
+def test_once_there_are_other_ranks_it_is_looked_at_no_more(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    price = price_of(made)
+    assert price.is_due
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert price.turn(course, TIMELINE, ALL) is None and not price.is_due
+    assert not price.is_due
 
 
 def test_evaluation_is_no_step(made: Plan) -> None:

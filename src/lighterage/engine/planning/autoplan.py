@@ -202,12 +202,12 @@ class Autoplan:
                 unready = self._unready() > self._unready_before
                 fits = not (run.strange or run.is_smaller or unready)
                 log = log if log is not None and log.is_whole else None  # else an exception ended its backward
-                if self.price.took(log, run.course, fits=fits):
-                    pass
-                elif log is not None and run.course is self._course and not (unready and self.checks.passes_over()):
-                    self.checks.take(log, fits=fits)
-                if run.strange and run.course is self._course:
-                    self._measure_again()
+                of_a_row = self.price.took(log, run.course, fits=fits)
+                if run.course is self._course:
+                    if log is not None and not of_a_row and not (unready and self.checks.passes_over()):
+                        self.checks.take(log, fits=fits)
+                    if run.strange:
+                        self._measure_again()
         elif log is not None:
             self._take(log)
 

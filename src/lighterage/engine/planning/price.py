@@ -25,18 +25,18 @@ from .step_log import StepLog
 
 # Note [A price is seen to be kept]
 # What a plan costs is foreseen from what a few steps took, and the host's part of that changes from minute to minute:
-# the same plan of eight blocks of experts, foreseen at 1.9 %, came out at 1.4 % and at 6 % on one day. Nor can
-# planned steps alone tell: where they are slow it may be the machine that is (see Note [The pace of steps]). So once
-# a plan has settled, rows of steps at rest and rows of steps under it run in turn. Before each the host waits for the
-# device: a host that is ahead of it by half a step, since those at rest left it the time, would hide what the plan
-# costs it for the length of a row. The first step of a row fills the device again, and is not read. A planned row is
-# compared with the rows at rest on both its sides. Rows are added until two planned ones keep to the price, or three
-# do not: where the machine is quiet, that is five rows. Where the price is not kept, what steps took beyond what was
-# foreseen is charged to what the plan has not left at rest, and a plan is made anew. Of the rows that broke the price
-# the least counts: chance alone breaks it now and then, and must not cost all that a plan frees. Only steps of one
-# size are compared: what is smaller takes less time, at rest and under a plan. The host may be what breaks a price,
-# in the next minute: where it would if the host took a tenth longer, the price is taken to be broken. A plan of
-# blocks of experts in bf16 cost 2.1 % in such rows, and 15 % in rows a minute later.
+# a price of 3 % for eight blocks of experts came out at 1.4 % and at 6 % on one day. Nor can planned steps alone
+# tell: where they are slow it may be the machine that is (see Note [The pace of steps]). So once a plan has settled,
+# rows of steps at rest and rows of steps under it run in turn. Before each the host waits for the device: a host that
+# is ahead of it by half a step, since those at rest left it the time, would hide what the plan costs it for the
+# length of a row. The first step of a row fills the device again, and is not read. A planned row is compared with the
+# rows at rest on both its sides. Rows are added until two planned ones keep to the price, or three do not: where the
+# machine is quiet, that is five rows. Where the price is not kept, what steps took beyond what was foreseen is
+# charged to what the plan has not left at rest, and a plan is made anew. Of the rows that broke the price the least
+# counts: chance alone breaks it now and then, and must not cost all that a plan frees. Only steps of one size are
+# compared: what is smaller takes less time, at rest and under a plan. The host may be what breaks a price, in the
+# next minute: where it would if the host took a tenth longer, the price is taken to be broken. A plan of blocks of
+# experts in bf16 cost 2.1 % in such rows, and 15 % in rows a minute later.
 
 IN_A_ROW = 4
 """Steps, of which the first is not read."""
@@ -128,15 +128,11 @@ class Price:
         """How often the plan was made anew for that."""
 
     def follow(self, plan: Plan, num_ranks: int = 1) -> None:
-        """`plan`, made by so many ranks, is carried out from now on.
-
-        Nothing is looked at among ranks, whose steps wait for each other's.
-        """
+        """`plan`, made by so many ranks, is carried out from now on."""
         was_broken = self._plan if self._least is not None else None
         measured, least = self.measured, self._least
         self.stop()
-        alone = num_ranks == 1 and is_alone()
-        if not alone or self._slowdown is None or not any(map(_num_charges, plan.sections)):
+        if num_ranks > 1 or self._slowdown is None or not any(map(_num_charges, plan.sections)):
             return
         self._plan, self._open = plan, True
         if was_broken is not None and _decisions(plan) == _decisions(was_broken):
@@ -145,8 +141,10 @@ class Price:
             self.measured, self._least = measured, least
 
     def stop(self) -> None:
-        """Look at nothing until the next plan, and forget what was seen of this one."""
+        """Look at nothing until the next plan, and forget what was seen of this one. What it cost stays known."""
         self._close()
+        self._charge_ms += self._correction[1]
+        self._correction = 1.0, 0.0
         self._plan = self._least = self.measured = self._input_bytes = None
         self._num_missed, self._num_begun, self._rows = 0, 0, []
 
@@ -157,8 +155,11 @@ class Price:
 
     @property
     def is_due(self) -> bool:
-        """Whether it is yet to be seen what steps cost. Not where steps must not take all that the device has."""
-        return self._open and not self._room.is_limited
+        """Whether it is yet to be seen what steps cost.
+
+        Not where steps must not take all that the device has, nor among ranks, whose steps wait for each other's.
+        """
+        return self._open and not self._room.is_limited and is_alone()
 
     def turn(self, course: Course, timeline: Timeline, may_rest: frozenset[int]) -> Course | None:
         """What the step that begins now carries out, to be timed: `course`, of the plan, or that all stays.
@@ -168,8 +169,6 @@ class Price:
         self._awaited = None
         if not torch.is_grad_enabled():
             return None  # nothing is saved: it is no step
-        if not is_alone():
-            self._close()
         try:
             if len(self._row) == IN_A_ROW:
                 self._clock.catch_up()
@@ -284,19 +283,13 @@ class Price:
         return _charged(timeline, charge_ms)
 
     def replaced(self, pace: Pace) -> None:
-        """Another plan takes the place of the one in force: because of the price, if that is broken."""
-        if not self.is_broken:
-            return
-        by, charge_ms = self._correction
-        pace.scale(by)
-        self._charge_ms += charge_ms
-        self._correction = 1.0, 0.0
-        self.num_corrected += 1
+        """Another plan is about to take the place of the one in force: because of the price, if that is broken."""
+        if self.is_broken:
+            pace.scale(self._correction[0])
+            self.num_corrected += 1
 
     def charged(self, timeline: Timeline) -> Timeline:
         """A new measurement, with what plans were found to cost beyond such measurements."""
-        self._charge_ms += self._correction[1]  # of a plan that was asked for in vain
-        self._correction = 1.0, 0.0
         return _charged(timeline, self._charge_ms) if self._charge_ms else timeline
 
     @property
