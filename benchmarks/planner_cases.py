@@ -24,7 +24,7 @@ from lighterage.errors import BudgetError
 LEAST_STEPS_TO_PLAN, MOST_SECONDS_TO_PLAN = 14, 30.0
 # What is foreseen is brought to the pace of the first steps under the plan, which may then be made anew, twice, and
 # three times because it breaks its price.
-MOST_SECONDS_TO_SETTLE = 30.0
+MOST_SECONDS_TO_SETTLE = 60.0
 # As training takes them: where the device has caught up before each, the host is what their first phases wait for, and
 # a plan is made for times that the steps it is for do not take.
 STEPS_IN_A_ROW = 8

@@ -394,7 +394,7 @@ def test_a_plan_for_another_pace_is_made_anew_beside_steps_that_carry_out_the_ol
             assert_equal(expected, train(model, rows(), 1))
             assert offloader.plan is old
             assert offloader.stats().bytes_out > 0, "a step ran without the plan"
-        assert logs == [], "nothing is measured anew"
+        assert len(logs) <= 1, "of 50 steps one is timed, but nothing is measured anew"
         assert not offloader.report().plan_settled
         may.set()
         soon(model, lambda: offloader.plan is not old)

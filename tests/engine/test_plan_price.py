@@ -18,7 +18,7 @@ from lighterage import Offloader, background
 from lighterage.engine.planning import autoplan, making
 from lighterage.engine.planning.clock import Gauge, HostClock
 from lighterage.engine.planning.pace import SETTLED
-from lighterage.engine.planning.price import BREAKS, IN_A_ROW, KEEPS, MOST_CORRECTED, MOST_MISSED
+from lighterage.engine.planning.price import DIFFERS, GIVE, IN_A_ROW, LEAST_ROWS, MOST_CORRECTED, MOST_MISSED, MOST_ROWS
 from lighterage.engine.planning.run import Run
 from lighterage.engine.traffic import Traffic
 from tests.engine.planned import assert_equal, train
@@ -37,7 +37,7 @@ from tests.engine.test_plan_pace import (  # noqa: F401
 
 pytestmark = pytest.mark.usefixtures("beside")
 
-LEAST_STEPS = IN_A_ROW * (2 * KEEPS + 1)
+LEAST_STEPS = IN_A_ROW * (2 * LEAST_ROWS + 1)
 
 
 class Moves:
@@ -112,13 +112,15 @@ def test_steps_in_which_all_stays_run_in_turn_with_planned_ones_and_give_the_sam
         assert moved_of(offloader)
         assert offloader._auto is not None
         seen = offloader._auto.price._rows
-        assert len(seen) == 2 * KEEPS + 1 and all(0.1 < row.host_ms < 1000 for row in seen)
+        assert len(seen) == 2 * LEAST_ROWS + 1 and all(0.1 < row.host_ms < 1000 for row in seen)
         first = ran.index("rest")
         assert first >= SETTLED - 1
         turns = [(what, len(list(steps))) for what, steps in itertools.groupby(ran[first:])]
-        assert turns[:4] == [("rest", IN_A_ROW), ("plan", IN_A_ROW)] * KEEPS
-        assert turns[4] == ("rest", IN_A_ROW)
-        assert [what for what, _ in turns[5:]] == ["plan"], "once it is known, all steps carry the plan out"
+        assert turns[: 2 * LEAST_ROWS] == [("rest", IN_A_ROW), ("plan", IN_A_ROW)] * LEAST_ROWS
+        assert turns[2 * LEAST_ROWS] == ("rest", IN_A_ROW)
+        assert [what for what, _ in turns[2 * LEAST_ROWS + 1 :]] == ["plan"], (
+            "once it is known, all steps carry the plan out"
+        )
 
 
 def test_once_it_is_seen_no_step_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,9 +136,9 @@ def test_once_it_is_seen_no_step_waits_for_the_device(monkeypatch: pytest.Monkey
         planned(model, offloader)
         assert waits[0] == 0
         settled(model, offloader)
-        assert waits[0] == 2 * KEEPS + 2, "before each row, and to read the last"
+        assert waits[0] == 2 * LEAST_ROWS + 2, "before each row, and to read the last"
         train(model, rows(), 120)
-        assert waits[0] == 2 * KEEPS + 2
+        assert waits[0] == 2 * LEAST_ROWS + 2
 
 
 def test_what_is_told_is_what_steps_took_longer(moves: Moves) -> None:
@@ -147,7 +149,8 @@ def test_what_is_told_is_what_steps_took_longer(moves: Moves) -> None:
         settled(model, offloader)
         report = offloader.report()
         assert report.measured_slowdown == pytest.approx(0.05, rel=0.05)
-        assert "Steps under it took 5.0% longer than steps at rest in turn with them." in str(report)
+        give = f"give or take {DIFFERS * GIVE / LEAST_ROWS:.1%}"
+        assert f"Steps under it took 5.0% longer ({give}) than steps at rest in turn with them." in str(report)
         assert report.plans_corrected == 0
 
 
@@ -242,18 +245,17 @@ def test_the_time_that_steps_took_is_foreseen_of_the_plan_in_its_place(moves: Mo
         assert report.predicted_ms == pytest.approx(report.measured_ms, rel=0.02)
 
 
-def test_chance_costs_little_of_what_a_plan_frees(moves: Moves) -> None:
-    """Where steps are unlike each other, the least of what broke the price counts."""
+def test_chance_breaks_no_price(moves: Moves) -> None:
     _, model = models(8)
     with offload(model, recompute="never", max_slowdown=0.03) as offloader:
         planned(model, offloader)
         before = moved_sections(offloader)
-        per_row = [0.035, 0.4, 0.3, *[0.0] * 1000]
+        per_row = [0.035, 0.08, 0.06, *[0.0] * 1000]
         until_rest(model, offloader)
         moves.step_s = (part * 8 * 30 for part in per_row for _ in range(IN_A_ROW))
         settled(model, offloader)
-        assert offloader.report().plans_corrected == 1
-        assert moved_sections(offloader) >= before // 2
+        assert offloader.report().plans_corrected == 0
+        assert moved_sections(offloader) == before
 
 
 def test_rows_are_added_until_it_is_known(moves: Moves, ran: list[str]) -> None:
@@ -266,7 +268,7 @@ def test_rows_are_added_until_it_is_known(moves: Moves, ran: list[str]) -> None:
         moves.step_s = (part * 5 * 30 for part in per_row for _ in range(IN_A_ROW))
         settled(model, offloader)
         assert offloader.report().plans_corrected == 0
-        assert ran.count("rest") == IN_A_ROW * (KEEPS + BREAKS)
+        assert ran.count("rest") == IN_A_ROW * (MOST_ROWS + 1)
 
 
 def test_what_plans_were_found_to_cost_is_known_to_those_of_a_new_measurement(moves: Moves) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,28 +30,42 @@ from .step_log import StepLog
 # rows of steps at rest and rows of steps under it run in turn. Before each the host waits for the device: a host that
 # is ahead of it by half a step, since those at rest left it the time, would hide what the plan costs it for the
 # length of a row. The first step of a row fills the device again, and is not read. A planned row is compared with the
-# rows at rest on both its sides. Rows are added until two planned ones keep to the price, or three do not: where the
-# machine is quiet, that is five rows. Where the price is not kept, what steps took beyond what was foreseen is
-# charged to what the plan has not left at rest, and a plan is made anew. Of the rows that broke the price the least
-# counts: chance alone breaks it now and then, and must not cost all that a plan frees. Only steps of one size are
-# compared: what is smaller takes less time, at rest and under a plan. The host may be what breaks a price, in the
-# next minute: where it would if the host took a tenth longer, the price is taken to be broken. A plan of blocks of
-# experts in bf16 cost 2.1 % in such rows, and 15 % in rows a minute later.
+# rows at rest on both its sides, or with one, where a collection of garbage, say, held up the other. Only steps of one
+# size are compared: what is smaller takes less time, at rest and under a plan.
+# Rows differ by about a percent on a device that runs at its limit of power, which may be the price itself: five of 13
+# rows of a plan that cost 0.96 % in their mean broke a price of 1 %, one by 2.5. So a plan is believed until its rows
+# contradict it. Their median counts, give or take a part of what they differ by that becomes smaller with each row.
+# Rows are added until that much does not matter, eight at most; if it matters still, the plan stays.
+# The host may be what breaks a price, in the next minute: where it would if the host took a tenth longer, the price is
+# taken to be broken. A plan of blocks of experts in bf16 cost 2.1 % in such rows, and 15 % in rows a minute later. What
+# a step takes the host is the least of a row: it waits for the device where that has no more room for launches, which
+# is no work of its own. Where the price is not kept, what steps took beyond what was foreseen, at least, is charged to
+# what the plan has not left at rest, and a plan is made anew.
 
 IN_A_ROW = 4
 """Steps, of which the first is not read."""
 
-KEEPS, BREAKS = 2, 3
-"""So many planned rows that keep to the price settle that it is kept; so many that do not, that it is broken."""
+LEAST_ROWS, MOST_ROWS = 4, 8
+"""So many planned rows are read."""
+
+DIFFERS = 0.005
+"""By so large a part rows are taken to differ at least: few of them may be alike by chance."""
+
+HELD_UP = 1.04
+"""A row at rest that took so many times as long as half of them was held up by something else."""
+
+GIVE = 6.0
+"""The median of `n` rows may be off by `GIVE / n` of what they differ by.
+
+That is more than the error of few of them, since the question is asked after each. Where rows differ by a percent, one
+in nine plans that spend a price of 1 % whole is taken to break it, and five of six that cost twice as much.
+"""
 
 MOST_MISSED, MOST_BEGUN = 12, 1000
 """Steps that cannot be read, or that begin and do not end, before the question is given up."""
 
 HOST_CAUTION = 1.1
 """By so much longer the host may take in a minute that is not seen."""
-
-NOISE = 0.001
-"""Of a step: rows of steps that do the same come out by so much apart on a quiet machine."""
 
 ALIKE = 0.02
 """By so large a part of what its sections are given a step may differ from the first."""
@@ -65,7 +79,7 @@ class _Row(NamedTuple):
 
     ms: float
     host_ms: float
-    """What the host took to issue it."""
+    """What the host took to issue a step, at least."""
 
 
 class _Part(NamedTuple):
@@ -76,11 +90,30 @@ class _Part(NamedTuple):
     """If the host took by `HOST_CAUTION` longer, and the device waited for it."""
 
 
-def _beyond(rows: Sequence[_Row], caution: float) -> _Part:
-    """Of a planned row, the second of three, beside those at rest. `caution`: by so much longer the host may take."""
-    before, planned, after = rows
-    rest_ms, host_ms = (before.ms + after.ms) / 2, caution * (before.host_ms + after.host_ms) / 2
-    return _Part(planned.ms / rest_ms - 1, caution * planned.host_ms / max(rest_ms, host_ms) - 1)
+class _Estimate(NamedTuple):
+    """What rows say of a part."""
+
+    part: float
+    give: float
+    """By what it may be off, up or down."""
+
+
+def _estimate(parts: Sequence[float]) -> _Estimate:
+    part = statistics.median(parts)
+    # As a standard deviation, if it is chance.
+    differ = math.sqrt(math.pi / 2) * statistics.mean(abs(one - part) for one in parts)
+    return _Estimate(part, max(differ, DIFFERS) * GIVE / len(parts))
+
+
+def _parts(rows: Sequence[_Row], caution: float) -> Iterator[_Part]:
+    """Of each planned row that can be compared. `rows`: at rest and planned in turn. `caution`: see `HOST_CAUTION`."""
+    usual_ms = statistics.median(row.ms for row in rows[::2])
+    for before, planned, after in zip(rows[::2], rows[1::2], rows[2::2], strict=False):
+        at_rest = [row for row in (before, after) if row.ms <= HELD_UP * usual_ms]
+        if at_rest:
+            rest_ms = statistics.mean(row.ms for row in at_rest)
+            host_ms = caution * statistics.mean(row.host_ms for row in at_rest)
+            yield _Part(planned.ms / rest_ms - 1, caution * planned.host_ms / max(rest_ms, host_ms) - 1)
 
 
 class Price:
@@ -114,12 +147,12 @@ class Price:
         """What sections were given in the first row: only steps of that size are compared."""
         self._num_missed = self._num_begun = 0
         self._least: float | None = None
-        """The part by which steps took longer at least, or would if their host did, where that broke the price."""
+        """The part by which steps took longer at the least, or would if their host did, where that broke the price."""
         self._correction = 1.0, 0.0
         """How the plan that is asked for differs: its pace, and what each section that is not at rest is charged."""
         self._num_tried = 0
-        self._host_part = 0.0
-        """As `measured`, if the host took by `HOST_CAUTION` longer."""
+        self._give = self._host_part = 0.0
+        """By what `measured` may be off; as `measured`, if the host took by `HOST_CAUTION` longer."""
         self._charge_ms = 0.0
         """What a section that is not at rest was found to cost beyond what was foreseen."""
         self.measured: float | None = None
@@ -230,7 +263,7 @@ class Price:
             self._missed()
             return
         took = [log.clock.ms(log.boundaries[0].at, log.boundaries[-1].at) for log in row[1:]]
-        self._rows.append(_Row(statistics.median(took), statistics.median(log.host_ms for log in row[1:])))
+        self._rows.append(_Row(statistics.median(took), min(log.host_ms for log in row)))
         if not all(math.isfinite(ms) and ms > 0 for ms in took):
             self._close()
         elif len(self._rows) % 2 == 1:
@@ -239,17 +272,18 @@ class Price:
     def _judge(self) -> None:
         """See whether it is known by now what steps under the plan cost."""
         assert self._slowdown is not None
-        parts = [_beyond(self._rows[at - 1 : at + 2], self._host_caution) for at in range(1, len(self._rows) - 1, 2)]
-        within = [part for part in parts if max(part) <= self._slowdown + NOISE]
-        beyond = [part for part in parts if max(part) > self._slowdown + NOISE]
-        if len(within) >= KEEPS:
-            settled = within
-        elif len(beyond) >= BREAKS:
-            settled, self._least = beyond, min(map(max, beyond))
-        else:
+        parts = list(_parts(self._rows, self._host_caution))
+        if len(parts) < LEAST_ROWS:
+            if len(self._rows) // 2 >= MOST_ROWS:  # so many were held up that there is nothing to compare with
+                self._close()
             return
-        self.measured = statistics.median(part.steps for part in settled)
-        self._host_part = statistics.median(part.host for part in settled)
+        steps, host = _estimate([part.steps for part in parts]), _estimate([part.host for part in parts])
+        sure = max(one.part - one.give for one in (steps, host))
+        if sure > self._slowdown:
+            self._least = sure
+        elif len(self._rows) // 2 < MOST_ROWS and any(one.part + one.give > self._slowdown for one in (steps, host)):
+            return
+        self.measured, self._give, self._host_part = steps.part, steps.give, host.part
         self._close()
 
     @property
@@ -297,11 +331,11 @@ class Price:
         """What was seen, in a sentence after the plan's own; nothing while it is not known."""
         if self.measured is None:
             return ""
-        took = f"{self.measured:.1%} longer" if self.measured > 0 else "no longer"
+        took = f"{self.measured:.1%} longer (give or take {self._give:.1%})" if self.measured > 0 else "no longer"
         said = f" Steps under it took {took} than steps at rest in turn with them"
         if not self.is_broken:
             return f"{said}."
-        if self._slowdown is not None and self.measured <= self._slowdown + NOISE:
+        if self._slowdown is not None and self.measured - self._give <= self._slowdown:
             said += f", and would take {self._host_part:.1%} longer if their host took a tenth longer"
         said += ", which is more than that price"
         if self.asks_for_a_plan:
