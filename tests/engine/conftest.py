@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from lighterage.engine.planning import making
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread_per_product() -> Iterator[None]:
@@ -14,3 +16,9 @@ def _one_thread_per_product() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _plans_are_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where tests can see and change it; `test_apart.py` is about the other one."""
+    monkeypatch.setattr(making, "made_apart", lambda asked: None)

@@ -22,8 +22,10 @@ from ...planner.plan import Plan
 from ...planner.prediction import Prediction
 from ...planner.simulate import simulate
 from ...planner.timeline import Link, Timeline
+from ...planner.worker import Asked, Made
 from ..policy import DEFAULT_SLOWDOWN, Policy
 from .agree import agreed
+from .apart import made_apart
 from .course import Course
 
 # Plans are made for a link that is slower than measured: what comes late costs more than room to spare. Steps under
@@ -113,15 +115,19 @@ class Planning:
         return self._link
 
     def run(self) -> None:
-        """Make it; `done` is set whatever comes of it."""
+        """Make it here; `done` is set whatever comes of it."""
+        self._run(apart=False)
+
+    def run_beside(self) -> None:
+        """Make it in a process of its own if that can be had; `done` is set whatever comes of it."""
+        self._run(apart=True)
+
+    def _run(self, *, apart: bool) -> None:
         try:
             if self._agree:
                 self.timeline, self._link, self.num_ranks = agreed(self.timeline, self._link)
-            start = time.perf_counter()
-            with _giving_way():
-                self.plan = make_plan(self.timeline, self._link, self._goal, caution=PRICE_CAUTION)
-                self.prediction = simulate(self.timeline, self.plan, self._link)
-            self.ms = (time.perf_counter() - start) * 1e3
+            made = made_apart(Asked(self.timeline, self._link, self._goal, PRICE_CAUTION)) if apart else None
+            self.plan, self.prediction, self.ms = made or self._make()
         except Exception as error:  # it belongs to whoever begins the next step
             if not self._refuses(error):
                 self.fault = Fault(error, self.timeline)
@@ -129,6 +135,13 @@ class Planning:
             self.error = error.with_traceback(None)
             self.error.__context__ = None
         self.done.set()
+
+    def _make(self) -> Made:
+        start = time.perf_counter()
+        with _giving_way():
+            plan = make_plan(self.timeline, self._link, self._goal, caution=PRICE_CAUTION)
+            prediction = simulate(self.timeline, plan, self._link)
+        return Made(plan, prediction, (time.perf_counter() - start) * 1e3)
 
     def _refuses(self, error: Exception) -> bool:
         """Whether `error` says that the budget or the rules cannot be kept to."""
@@ -160,21 +173,25 @@ class Foreseeing:
         finally:
             self.done.set()
 
+    run_beside = run
+    """It is a millisecond."""
+
 
 def begin(job: Planning | Foreseeing) -> None:
     """Have `job` run beside the steps; in the one under way, where there is no thread to be had."""
     try:
-        background.start(job.run, "lighterage-plan")
+        background.start(job.run_beside, "lighterage-plan")
     except RuntimeError:
         job.run()
 
 
 # Note [Planning beside the steps]
-# A plan is half a second of pure Python, and the steps go on meanwhile. Whoever wants the interpreter's lock from a
-# thread that computes is given it after the switch interval, 5 ms by default; backward asks for it at each saved
-# tensor, so that steps of 180 ms took 800 while a plan was made. With a short interval they wait next to nothing, and
-# the plan takes a little longer. The interval is the interpreter's, so that how many plans are being made is counted
-# for the process: whoever began last must not take the short one for the usual.
+# Where a plan cannot be made in a process of its own (see Note [Planning apart]) it is a second of pure Python in a
+# thread, and the steps go on meanwhile. Whoever wants the interpreter's lock from a thread that computes is given it
+# after the switch interval, 5 ms by default; backward asks for it at each saved tensor, so that steps of 180 ms took
+# 800 while a plan was made. With a short interval they wait for less, and the plan takes a little longer. The interval
+# is the interpreter's, so that how many plans are being made is counted for the process: whoever began last must not
+# take the short one for the usual.
 
 _SWITCH_S = 5e-5
 _switching = threading.Lock()
