@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,9 @@ def test_a_process_that_comes_to_harm_is_made_up_for(
 ) -> None:
     monkeypatch.setattr(apart, "_PATIENCE_S", 1.0)
     monkeypatch.setattr(sys, "executable", script(tmp_path, text))
-    job = planning()
+    job, begin = planning(), time.monotonic()
     job.run_beside()
+    assert time.monotonic() - begin < 30
     assert asked == [False]
     assert job.error is None and job.plan == plan(TIMELINE, job.link, ASKED.goal, caution=PRICE_CAUTION)
 

@@ -216,6 +216,21 @@ def test_where_any_move_breaks_the_price_everything_stays(moves: Moves) -> None:
         assert offloader.report().plans_corrected <= MOST_CORRECTED
 
 
+@pytest.mark.parametrize(("num_layers", "slowdown", "cost"), [(8, 0.03, 0.06), (16, 0.01, 0.025), (8, 0.03, 0.045)])
+def test_a_cost_that_is_the_same_however_little_moves_ends_with_all_staying(
+    num_layers: int, slowdown: float, cost: float, moves: Moves
+) -> None:
+    _, model = models(num_layers)
+    with offload(model, recompute="never", max_slowdown=slowdown) as offloader:
+        planned(model, offloader)
+        moves.step_s = itertools.repeat(cost * num_layers * 30)
+        settled(model, offloader)
+        assert not moved_of(offloader)
+        assert offloader.report().plans_corrected <= MOST_CORRECTED
+        assert "Everything stays" in str(offloader.report())
+        assert "Steps under other plans took longer than that price." in str(offloader.report())
+
+
 def test_where_rules_leave_no_other_plan_it_is_told(moves: Moves, ran: list[str]) -> None:
     _, model = models()
     with offload(model, recompute="never", max_slowdown=0.02, rules=[("*", "offload")]) as offloader:

@@ -176,11 +176,13 @@ def test_rows_at_rest_that_something_held_up_are_not_compared_with(made: Plan) -
     assert price.measured == pytest.approx(0.01)
 
 
-def test_where_all_rows_are_held_up_nothing_is_known(made: Plan) -> None:
+@pytest.mark.parametrize("held_up", [(0, 1, 2, 3), (3, 4, 5, 6), (5, 6, 7, 8), (0, 2, 4, 6)])
+def test_whichever_rows_are_held_up_it_becomes_known(made: Plan, held_up: tuple[int, ...]) -> None:
     price = price_of(made)
-    rest = [100.0, 200.0, 300.0, 100.0, 200.0, 300.0, 100.0, 400.0, 400.0, 400.0]
+    rest = [300.0 + row if row in held_up else 100.0 for row in range(MOST_ROWS + 1)]
     rows = see(price, made, [101.0] * MOST_ROWS, rest)
-    assert rows <= 2 * MOST_ROWS + 1 and not price.is_due and not price.is_broken
+    assert rows <= 2 * MOST_ROWS + 1 and not price.is_due
+    assert price.measured is not None and price.measured <= 0.01 + 1e-9
 
 
 @pytest.mark.parametrize(
@@ -227,7 +229,7 @@ def test_a_host_that_waits_for_the_device_in_most_steps_of_a_row_takes_what_the_
 def test_steps_that_are_faster_under_the_plan_took_no_longer(made: Plan) -> None:
     price = price_of(made)
     see(price, made, [99, 98, 98, 98])
-    assert "took no longer than steps at rest" in price.told
+    assert f"took no longer (give or take {LEAST_GIVE:.1%}) than steps at rest" in price.told
 
 
 @pytest.mark.parametrize("mode", ["save", "selective", "recompute"])
@@ -376,10 +378,78 @@ def test_where_the_same_plan_is_made_again_nothing_more_is_seen_of_it(made: Plan
     see(price, made, [110.0] * MOST_ROWS)
     price.corrected(TIMELINE, simulate(TIMELINE, made, LINK), Pace())
     price.replaced(Pace())
-    price.follow(dataclasses.replace(made, why="for another reason"))
-    assert not price.is_due and price.is_broken and not price.asks_for_a_plan
-    assert price.measured == pytest.approx(0.1)
-    assert "no plan that keeps to it was found. Raise max_slowdown" in price.told
+    for is_last in (False, True):
+        price.follow(dataclasses.replace(made, why="for another reason"))
+        assert not price.is_due and price.is_broken and price.asks_for_a_plan == (not is_last)
+        assert price.measured == pytest.approx(0.1)
+        assert ("no plan that keeps to it was found. Raise max_slowdown" in price.told) == is_last
+        if not is_last:
+            pace = Pace()
+            assert price.corrected(TIMELINE, simulate(TIMELINE, made, LINK), pace) is TIMELINE, "that was done before"
+            assert price.corrected_goal(Goal(max_slowdown=SLOWDOWN)).rules == (("*", "keep"),)
+            price.replaced(pace)
+            assert pace.since_measured == 1.0
+
+
+def test_at_the_last_try_all_stays_that_no_rule_moves(made: Plan) -> None:
+    """What a plan costs may not become less with what it moves."""
+    price, goal = price_of(made), Goal(max_slowdown=SLOWDOWN, rules=(("layers.0", "offload"),))
+    timeline, current = TIMELINE, made
+    for number in range(1, MOST_CORRECTED + 1):
+        see(price, current, [110.0] * MOST_ROWS)
+        timeline = price.corrected(timeline, simulate(timeline, current, LINK), Pace())
+        tried = price.corrected_goal(goal)
+        assert (tried == goal) == (number < MOST_CORRECTED)
+        price.replaced(Pace())
+        if number < MOST_CORRECTED:  # as if each still moved something
+            sections = tuple(
+                dataclasses.replace(section, moves=section.moves if index < MOST_CORRECTED - number else ())
+                for index, section in enumerate(made.sections)
+            )
+            current = dataclasses.replace(made, sections=sections)
+        else:
+            current = plan(timeline, LINK, tried)
+        price.follow(current)
+    assert [bool(section.moves) for section in current.sections] == [True] + [False] * 7
+    assert all(section.mode == "save" for section in current.sections[1:])
+    nothing_left = plan(timeline, LINK, dataclasses.replace(tried, rules=tried.rules[1:]))
+    price.follow(nothing_left)
+    assert not nothing_left.num_moves and not price.is_due
+
+
+def test_where_all_stays_for_the_price_it_is_told(made: Plan) -> None:
+    price = price_of(made)
+    see(price, made, [110.0] * MOST_ROWS)
+    price.replaced(Pace())
+    stays = Plan(sections=tuple(SectionPlan(name=s.name) for s in TIMELINE.sections), fetches=made.fetches)
+    price.follow(stays)
+    assert price.told == " Steps under other plans took longer than that price."
+    price.stop()
+    price.follow(stays)
+    assert price.told == "", "it is another measurement's plan"
+
+
+def test_steps_whose_size_nobody_can_tell_are_not_compared(made: Plan) -> None:
+    """Their sections are given objects that tensors lie in."""
+    price, course = price_of(made), Course(made, TIMELINE, {})
+    turn = price.turn(course, TIMELINE, ALL)
+    assert turn is not None
+    log = log_of(100.0)
+    log.input_bytes = 0
+    assert price.took(log, turn, fits=True)
+    assert not price.is_due and price.turn(course, TIMELINE, ALL) is None
+
+
+@pytest.mark.parametrize("period", [2, 3, 4, 5, 8, 10, 12, 16])
+def test_steps_that_are_slow_in_turn_break_no_price(made: Plan, period: int) -> None:
+    """What a program does every so many steps is not always in rows under the plan."""
+    for phase in range(period):
+        for num_slow in (1, 2 if period < 8 else 1):
+            price, course, number = price_of(made, 0.01), Course(made, TIMELINE, {}), phase
+            while (turn := price.turn(course, TIMELINE, ALL)) is not None:
+                price.took(log_of(106.0 if number % period < num_slow else 100.0), turn, fits=True)
+                number += 1
+            assert not price.is_broken, (phase, num_slow, price.measured)
 
 
 def test_plans_are_asked_for_so_often_and_then_it_is_told(made: Plan) -> None:
@@ -434,7 +504,15 @@ def test_steps_that_are_given_other_sizes_are_not_compared(made: Plan) -> None:
     for _ in range(IN_A_ROW):
         turn = price.turn(course, TIMELINE, ALL)
         assert turn is not None and price.took(log_of(100.0), turn, fits=True)
-    for input_bytes, is_read in ((1000, True), (600, False), (1010, True), (1100, False), (1000, True), (995, True)):
+    for input_bytes, is_read in (
+        (1000, True),
+        (600, False),
+        (1010, True),
+        (1100, False),
+        (1000, True),
+        (995, True),
+        (1000, True),
+    ):
         assert price.turn(course, TIMELINE, ALL) is course
         log = log_of(100.0)
         log.input_bytes = input_bytes

@@ -37,7 +37,7 @@ def made_apart(asked: Asked) -> Made | None:
             stderr=subprocess.DEVNULL,
             timeout=_PATIENCE_S,
             start_new_session=True,
-            check=True,
+            check=False,  # what did not come to its end has written no whole plan
         )
         made = pickle.loads(done.stdout)
     except Exception:  # the plan is made here instead, which tells of errors that are its own

@@ -350,9 +350,11 @@ class Autoplan:
             assert self.timeline is not None
             assert self.prediction is not None
             assert self.link is not None
-            old = self.timeline
-            timeline = self.price.corrected(old, self.prediction, self.pace) if for_price else old
-            job = Planning(timeline, self.link, self._budget.goal, agree=False)
+            timeline, goal = self.timeline, self._budget.goal
+            if for_price:
+                timeline = self.price.corrected(timeline, self.prediction, self.pace)
+                goal = self.price.corrected_goal(goal)
+            job = Planning(timeline, self.link, goal, agree=False)
             self._calibration.remake(job, at_pace=not for_price)
 
     @property

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from ...planner.choose import nothing
+from ...planner.goal import Goal
 from ...planner.plan import Plan, SectionPlan
 from ...planner.prediction import Prediction
 from ...planner.timeline import Timeline
@@ -42,8 +43,11 @@ from .step_log import StepLog
 # is no work of its own. Where the price is not kept, what steps took beyond what was foreseen, at least, is charged to
 # what the plan has not left at rest, and a plan is made anew.
 
-IN_A_ROW = 4
-"""Steps, of which the first is not read."""
+IN_A_ROW = 5
+"""Steps, of which the first is not read.
+
+Every second or fourth step of a program may take longer, by which four in a row are all held up alike.
+"""
 
 LEAST_ROWS, MOST_ROWS = 4, 8
 """So many planned rows are read."""
@@ -57,8 +61,9 @@ HELD_UP = 1.04
 GIVE = 6.0
 """The median of `n` rows may be off by `GIVE / n` of what they differ by.
 
-That is more than the error of few of them, since the question is asked after each. Where rows differ by a percent, one
-in nine plans that spend a price of 1 % whole is taken to break it, and five of six that cost twice as much.
+That is more than the error of few of them, since the question is asked after each. Where what rows come out at differs
+by a percent, one in seven plans that spend a price of 1 % whole is taken to break it, and seven of eight that cost twice
+as much.
 """
 
 MOST_MISSED, MOST_BEGUN = 12, 1000
@@ -70,8 +75,8 @@ HOST_CAUTION = 1.1
 ALIKE = 0.02
 """By so large a part of what its sections are given a step may differ from the first."""
 
-MOST_CORRECTED = 3
-"""So often a plan is made anew for what steps under it cost, at most."""
+MOST_CORRECTED = 4
+"""So often a plan is made anew for what steps under it cost, at most; the last time all stays that rules do not move."""
 
 
 class _Row(NamedTuple):
@@ -151,6 +156,8 @@ class Price:
         self._correction = 1.0, 0.0
         """How the plan that is asked for differs: its pace, and what each section that is not at rest is charged."""
         self._num_tried = 0
+        self._is_left = False
+        """Whether all stays because other plans broke the price."""
         self._give = self._host_part = 0.0
         """By what `measured` may be off; as `measured`, if the host took by `HOST_CAUTION` longer."""
         self._charge_ms = 0.0
@@ -165,12 +172,13 @@ class Price:
         was_broken = self._plan if self._least is not None else None
         measured, least = self.measured, self._least
         self.stop()
+        self._is_left = was_broken is not None
         if num_ranks > 1 or self._slowdown is None or not any(map(_num_charges, plan.sections)):
             return
-        self._plan, self._open = plan, True
+        self._plan, self._open, self._is_left = plan, True, False
         if was_broken is not None and _decisions(plan) == _decisions(was_broken):
-            # No other plan is to be had: what was seen of it holds, and there is nothing more to see.
-            self._open, self._num_tried = False, MOST_CORRECTED
+            # What was seen of it holds, and there is nothing more to see. The next try is the last.
+            self._open, self._num_tried = False, max(self._num_tried, MOST_CORRECTED - 1)
             self.measured, self._least = measured, least
 
     def stop(self) -> None:
@@ -237,6 +245,8 @@ class Price:
             self._close()  # an exception ended it: for want of memory, perhaps, which the plan would have left
         elif log is None or not fits:
             self._missed()
+        elif not log.input_bytes:
+            self._close()  # its sections are given no tensors that tell its size
         elif self._is_alike(log):
             self._row.append(log)
         else:
@@ -273,9 +283,7 @@ class Price:
         """See whether it is known by now what steps under the plan cost."""
         assert self._slowdown is not None
         parts = list(_parts(self._rows, self._host_caution))
-        if len(parts) < LEAST_ROWS:
-            if len(self._rows) // 2 >= MOST_ROWS:  # so many were held up that there is nothing to compare with
-                self._close()
+        if len(parts) < LEAST_ROWS:  # of `MOST_ROWS` five can be compared at the least: half are not held up
             return
         steps, host = _estimate([part.steps for part in parts]), _estimate([part.host for part in parts])
         sure = max(one.part - one.give for one in (steps, host))
@@ -308,13 +316,24 @@ class Price:
         """
         assert self._least is not None
         assert self._plan is not None
+        self._num_tried += 1
+        if not self._rows:
+            return timeline  # it was done, and the same plan came of it
         by = pace.within(statistics.median(row.ms for row in self._rows[::2]) / timeline.step_ms)
         unforeseen = max(0.0, self._least - (prediction.step_ms / timeline.step_ms - 1))
         timeline = scaled(timeline, by)
         charge_ms = unforeseen * timeline.step_ms / sum(map(_num_charges, self._plan.sections))
         self._correction = by, charge_ms
-        self._num_tried += 1
         return _charged(timeline, charge_ms)
+
+    def corrected_goal(self, goal: Goal) -> Goal:
+        """What that plan is to reach: what `goal` says, but at the last try whatever no rule moves stays.
+
+        A cost that does not become less with what moves is brought under a price by nothing else.
+        """
+        if self._num_tried < MOST_CORRECTED:
+            return goal
+        return dataclasses.replace(goal, rules=(*goal.rules, ("*", "keep")))
 
     def replaced(self, pace: Pace) -> None:
         """Another plan is about to take the place of the one in force: because of the price, if that is broken."""
@@ -330,8 +349,9 @@ class Price:
     def told(self) -> str:
         """What was seen, in a sentence after the plan's own; nothing while it is not known."""
         if self.measured is None:
-            return ""
-        took = f"{self.measured:.1%} longer (give or take {self._give:.1%})" if self.measured > 0 else "no longer"
+            return " Steps under other plans took longer than that price." if self._is_left else ""
+        took = f"{self.measured:.1%} longer" if self.measured > 0 else "no longer"
+        took += f" (give or take {self._give:.1%})"
         said = f" Steps under it took {took} than steps at rest in turn with them"
         if not self.is_broken:
             return f"{said}."
