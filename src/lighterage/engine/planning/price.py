@@ -61,9 +61,8 @@ HELD_UP = 1.04
 GIVE = 6.0
 """The median of `n` rows may be off by `GIVE / n` of what they differ by.
 
-That is more than the error of few of them, since the question is asked after each. Where what rows come out at differs
-by a percent, one in seven plans that spend a price of 1 % whole is taken to break it, and seven of eight that cost twice
-as much.
+That is more than the error of few of them, since the question is asked after each. Where rows come out a percent apart,
+one in seven plans that spend a price of 1 % whole is taken to break it, and seven of eight that cost twice as much.
 """
 
 MOST_MISSED, MOST_BEGUN = 12, 1000
@@ -76,7 +75,7 @@ ALIKE = 0.02
 """By so large a part of what its sections are given a step may differ from the first."""
 
 MOST_CORRECTED = 4
-"""So often a plan is made anew for what steps under it cost, at most; the last time all stays that rules do not move."""
+"""So often a plan is made anew for what steps under it cost; the last time whatever no rule moves stays."""
 
 
 class _Row(NamedTuple):
