@@ -20,3 +20,11 @@ class BudgetError(OffloadError):
     def __init__(self, message: str, *, smallest_bytes: int) -> None:
         super().__init__(message)
         self.smallest_bytes = smallest_bytes
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _budget_error, (self.args[0], self.smallest_bytes)
+
+
+def _budget_error(message: str, smallest_bytes: int) -> BudgetError:
+    """As it is unpickled."""
+    return BudgetError(message, smallest_bytes=smallest_bytes)

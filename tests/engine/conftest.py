@@ -21,4 +21,4 @@ def _one_thread_per_product() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _plans_are_made_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, where tests can see and change it; `test_apart.py` is about the other one."""
-    monkeypatch.setattr(making, "made_apart", lambda asked: None)
+    monkeypatch.setattr(making.Planning, "run_beside", making.Planning.run)

@@ -78,6 +78,9 @@ class Report:
     None where there is no price, or it is not seen yet."""
     plans_corrected: int = 0
     """How often the plan was made anew because it broke its price."""
+    planned_in_thread: str | None = None
+    """Why the plan was made in a thread of this program, which slows the steps beside it, and in no process of its own;
+    None: it was not."""
     plan_settled: bool = False
     """Whether steps under the plan were timed, and nothing is in the making that would change what is foreseen."""
     drifts: int = 0
@@ -137,6 +140,7 @@ def _of_plan(auto: Autoplan) -> dict[str, Any]:
         else [(p.direction, p.section, p.end_ms - p.start_ms) for p in prediction.phases],
         "measured_phases_ms": list(auto.checks.measured_phases_ms),
         "planning_ms": auto.planning_ms,
+        "planned_in_thread": auto.planned_in_thread,
         "link": None if auto.link is None else auto.link.told,
         "times_scaled": auto.pace.since_measured,
         "plans_remade": auto.pace.num_remade,
@@ -248,6 +252,8 @@ def _plan_lines(report: Report) -> list[str]:
         lines.append(text + (f"; made anew from them {report.plans_remade} times" if report.plans_remade else ""))
     if report.plans_corrected:
         lines.append(f"made anew {report.plans_corrected} times, since steps under the plan broke its price")
+    if report.planned_in_thread:
+        lines.append(f"made in a thread, beside which steps are slow, and in no process: {report.planned_in_thread}")
     if report.drifts:
         lines.append(f"measured anew {report.drifts} times, since steps did not fit the plan")
     if report.agreed_with > 1:

@@ -112,6 +112,7 @@ class Autoplan:
         self.num_drifts = 0
         """How often steps did not fit the plan so that they were measured again."""
         self.planning_ms: float | None = None
+        self.planned_in_thread: str | None = None
         self.agreed_with = 1
         """Ranks that the plan was made for together."""
 
@@ -138,7 +139,7 @@ class Autoplan:
         self._course = Course(plan, timeline, self._measurements.recipes())
         self._measurements.clear()
         self.timeline = timeline
-        self.prediction = self.planning_ms = self._job = None  # they were of another plan
+        self.prediction = self.planning_ms = self.planned_in_thread = self._job = None  # they were of another plan
         self.agreed_with, self._together = 1, False
         self.checks.new_plan()
         self._stage = Stage.PLANNED
@@ -301,6 +302,7 @@ class Autoplan:
             self._together = job.num_ranks > 1
         self._course = Course(job.plan, job.timeline, self._measurements.recipes())
         self.prediction, self.planning_ms, self.agreed_with = job.prediction, job.ms, job.num_ranks
+        self.planned_in_thread = job.in_thread
         self.checks.new_plan()
         self._calibration.follow(job, measured=measured)
         self.price.follow(job.plan, job.num_ranks)
@@ -347,9 +349,7 @@ class Autoplan:
             for_price = self.price.asks_for_a_plan
             if not for_price and (self.price.is_broken or not self.pace.asks_for_a_plan(self._steps)):
                 return
-            assert self.timeline is not None
-            assert self.prediction is not None
-            assert self.link is not None
+            assert self.timeline is not None and self.prediction is not None and self.link is not None
             timeline, goal = self.timeline, self._budget.goal
             if for_price:
                 timeline = self.price.corrected(timeline, self.prediction, self.pace)

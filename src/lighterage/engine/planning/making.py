@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from ... import background
 from ...errors import BudgetError
+from ...plan_worker import Made
 from ...planner.choose import nothing
 from ...planner.choose import plan as make_plan
 from ...planner.goal import Goal, choices
@@ -22,10 +23,9 @@ from ...planner.plan import Plan
 from ...planner.prediction import Prediction
 from ...planner.simulate import simulate
 from ...planner.timeline import Link, Timeline
-from ...planner.worker import Asked, Made
 from ..policy import DEFAULT_SLOWDOWN, Policy
 from .agree import agreed
-from .apart import made_apart
+from .apart import NotApart, made_apart
 from .course import Course
 
 # Plans are made for a link that is slower than measured: what comes late costs more than room to spare. Steps under
@@ -45,10 +45,15 @@ def goal_of(policy: Policy, spare_bytes: int = 0) -> Goal:
     slowdown = DEFAULT_SLOWDOWN if budget is None and policy.max_slowdown is None else policy.max_slowdown
     return Goal(
         device_budget=budget,
-        max_slowdown=slowdown,
+        max_slowdown=None if slowdown is None else float(slowdown),
         recompute="auto" if policy.may_recompute else "never",
-        rules=tuple(tuple(rule) for rule in policy.rules),  # type: ignore[misc]
+        rules=tuple(tuple(map(_plain, rule)) for rule in policy.rules),  # type: ignore[misc]
     )
+
+
+def _plain(text: str) -> str:
+    """A string that is of no class of the user's, nor of NumPy's: the planner's own process knows none."""
+    return "".join(text)
 
 
 class Fault:
@@ -108,6 +113,8 @@ class Planning:
         """Tells of `error` where that is a fault of the planner's, and no refusal of what it was asked for."""
         self.ms = 0.0
         self.num_ranks = 1
+        self.in_thread: str | None = None
+        """Why it was made in a thread, where it was to be made in a process of its own."""
 
     @property
     def link(self) -> Link:
@@ -126,8 +133,7 @@ class Planning:
         try:
             if self._agree:
                 self.timeline, self._link, self.num_ranks = agreed(self.timeline, self._link)
-            made = made_apart(Asked(self.timeline, self._link, self._goal, PRICE_CAUTION)) if apart else None
-            self.plan, self.prediction, self.ms = made or self._make()
+            self.plan, self.prediction, self.ms = self._made_apart() if apart else self._made_here()
         except Exception as error:  # it belongs to whoever begins the next step
             if not self._refuses(error):
                 self.fault = Fault(error, self.timeline)
@@ -136,7 +142,14 @@ class Planning:
             self.error.__context__ = None
         self.done.set()
 
-    def _make(self) -> Made:
+    def _made_apart(self) -> Made:
+        try:
+            return made_apart(self.timeline, self._link, self._goal, PRICE_CAUTION)
+        except NotApart as why:
+            self.in_thread = str(why)
+        return self._made_here()
+
+    def _made_here(self) -> Made:
         start = time.perf_counter()
         with _giving_way():
             plan = make_plan(self.timeline, self._link, self._goal, caution=PRICE_CAUTION)
