@@ -21,7 +21,7 @@ from lighterage.engine.captures import CapturedFence, Captures
 from lighterage.engine.lanes import FINISHED, Fence
 from lighterage.engine.ledger import Ledger, Row
 from lighterage.engine.pinned_host import HostTransport
-from lighterage.engine.traffic import Traffic
+from lighterage.engine.traffic import GATHER_BYTES, Traffic
 from lighterage.engine.views import describe, emptied_alias
 from tests.engine.test_captures import Driver, Lane, Pinner
 
@@ -305,3 +305,34 @@ def test_a_captured_copy_out_depends_on_the_point_at_which_its_bytes_were_saved(
     assert transport._streams.since == ["point 0", "point 1"], "each starts when the next is saved"
     traffic.flush()
     assert transport._streams.since == ["point 0", "point 1", "point 2"]
+
+
+def test_what_is_large_and_saved_whole_starts_to_leave_at_once(
+    driver: Driver, transport: HostTransport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next save may be a long time of computing away."""
+    traffic = Traffic(threading.RLock(), Ledger(), only_marked=False)
+    section = types.SimpleNamespace(by_hand=False)
+    evicted: list[list[int]] = []
+
+    def evict(_: Traffic, allocations: list[Allocation], *__: object) -> None:
+        evicted.append([allocation.key for allocation in allocations])
+
+    monkeypatch.setattr(Traffic, "_evict", evict)
+
+    def save(number: int, data: torch.Tensor) -> None:
+        saved = Allocation(
+            transport, data.untyped_storage(), number, data.untyped_storage().nbytes(), data.data_ptr(),
+            emptied_alias(data), data._version, Row("layer", gap=False),
+            describe(data, data.nbytes), data, transport.capture(),
+        )  # fmt: skip
+        traffic.gather(saved, section, data.nbytes, None)  # type: ignore[arg-type]
+
+    save(0, noise(GATHER_BYTES // 4, 0))
+    assert not evicted, "more may share its copy"
+    save(1, noise(GATHER_BYTES, 1))
+    assert evicted == [[0, 1]]
+    save(2, noise(2 * GATHER_BYTES, 2)[:GATHER_BYTES])
+    assert evicted == [[0, 1]], "more of it may be saved"
+    save(3, noise(GATHER_BYTES, 3))
+    assert evicted == [[0, 1], [2], [3]]

@@ -18,7 +18,8 @@ from .sections import Section
 from .unused import Unused
 from .views import ViewSpec
 
-# Copies start when so much has been gathered and another allocation is saved: one pair of events serves them all.
+# Copies start when so much has been gathered and no more of the last allocation can come, or another one is saved: one
+# pair of events serves them all. What waits for another allocation may wait for as long as its section computes.
 GATHER_BYTES = 4 << 20
 # The window is filled up again once so much of it has been used: several copies then share a pair of events.
 REFILL_AT = 0.75
@@ -107,6 +108,8 @@ class Traffic:
             gathered.append(allocation)
         if allocation.capture:
             self._gathered_at = transport.point()  # see Note [Copies inside a capture]
+        elif self._gathered_bytes >= GATHER_BYTES and _is_whole(allocation):
+            self.flush()
 
     def flush(self) -> None:
         """Start copying what was gathered."""
@@ -381,6 +384,12 @@ class Traffic:
             with self._lock:
                 self._ledger.step.note_wait(allocation.row, wait)
         return tensor
+
+
+def _is_whole(allocation: Allocation) -> bool:
+    """Whether all of its storage was saved, so that no more of it can come."""
+    storage = allocation.storage
+    return storage is not None and tuple(allocation.covered) == ((0, storage.nbytes()),)
 
 
 def _away(section: Section) -> list[Allocation]:
