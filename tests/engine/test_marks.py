@@ -11,6 +11,7 @@ from torch import Tensor
 
 import lighterage
 from lighterage import mark_not_offload, mark_offload
+from lighterage.engine.traffic import GATHER_BYTES
 from tests.engine.programs import WIDTH, Layer, Save, Stack, batch, bits, both_tiers, offloaded, train
 from tests.engine.test_same_bits import Pair
 
@@ -129,8 +130,12 @@ def test_several_tensors_are_marked_in_one_call() -> None:
 
 @both_tiers
 @pytest.mark.parametrize("release_after", [0, 1, 3])
-def test_a_mark_on_an_operations_own_output_after_it_was_saved_holds(release_after: int, tier: str) -> None:
-    """`exp` saves its output before anyone can mark it; the mark comes before the release."""
+@pytest.mark.parametrize("gather_bytes", [1, GATHER_BYTES])
+def test_a_mark_on_an_operations_own_output_after_it_was_saved_holds(
+    release_after: int, gather_bytes: int, tier: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`exp` saves its output before anyone can mark it; the mark comes before the release. However large it is."""
+    monkeypatch.setattr("lighterage.engine.traffic.GATHER_BYTES", gather_bytes)
     kept: list[Any] = []
 
     def fn(x: Tensor) -> Tensor:
@@ -148,6 +153,23 @@ def test_a_mark_on_an_operations_own_output_after_it_was_saved_holds(release_aft
         del out
         stats = offloader.stats()
         assert (stats.bytes_out, stats.bytes_in, stats.kept_bytes) == (0, 0, 3 * N)
+
+
+def test_under_a_plan_too_what_is_marked_after_it_was_saved_is_not_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of what is large start at once there: the plan knows by then what is marked."""
+    monkeypatch.setattr("lighterage.engine.traffic.GATHER_BYTES", 1)
+
+    def fn(x: Tensor) -> Tensor:
+        out, other = (x + 0.5).exp(), (x - 0.5).exp()
+        mark_not_offload(out)
+        return out + other
+
+    stack = Stack([Layer(fn) for _ in range(4)])
+    with lighterage.offload(stack.layers, rules=[("*", "offload")], max_slowdown=9.0, min_bytes=64) as offloader:
+        for _ in range(12):
+            train(batch())(stack)
+        assert offloader.plan is not None
+        assert offloader.stats().bytes_out == 4 * N
 
 
 @both_tiers

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import lighterage
 from lighterage.engine.planning import measurements
+from lighterage.engine.traffic import GATHER_BYTES
 from lighterage.planner.plan import Plan
 from lighterage.planner.timeline import Timeline
 from tests.engine.planned import STEPS_TO_PLAN, assert_equal, measured, random_plan, train
@@ -68,6 +69,12 @@ def way(request: pytest.FixtureRequest) -> Iterator[None]:
         if request.param == "run again":
             patch.setattr(measurements, "derives_enough", lambda section: False)
         yield
+
+
+@pytest.fixture(autouse=True, params=[2500, GATHER_BYTES], ids=["large", "small"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of what is large start as it is saved, those of what is small together."""
+    monkeypatch.setattr("lighterage.engine.traffic.GATHER_BYTES", request.param)
 
 
 @pytest.fixture(scope="module", params=["layers", "model"])

@@ -18,8 +18,9 @@ from .sections import Section
 from .unused import Unused
 from .views import ViewSpec
 
-# Copies start when so much has been gathered and no more of the last allocation can come, or another one is saved: one
-# pair of events serves them all. What waits for another allocation may wait for as long as its section computes.
+# Copies start when so much has been gathered and another allocation is saved: one pair of events serves them all. Under
+# a plan they start as soon as no more of the last one can come: another may be a long time of computing away, and a
+# mark that comes after a save was seen when the plan was made.
 GATHER_BYTES = 4 << 20
 # The window is filled up again once so much of it has been used: several copies then share a pair of events.
 REFILL_AT = 0.75
@@ -108,7 +109,7 @@ class Traffic:
             gathered.append(allocation)
         if allocation.capture:
             self._gathered_at = transport.point()  # see Note [Copies inside a capture]
-        elif self._gathered_bytes >= GATHER_BYTES and _is_whole(allocation):
+        elif section.orders is not None and self._gathered_bytes >= GATHER_BYTES and _is_whole(allocation):
             self.flush()
 
     def flush(self) -> None:
